@@ -1,0 +1,56 @@
+# Needs make, Python 3.11 or newer, pip and venv; everything else is installed into .venv from requirements.txt.
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+
+VENV := .venv
+BIN := $(VENV)/bin
+# uv has an environment of its own, so that the one it fills holds exactly what requirements.txt names.
+UV := $(VENV)/uv-$(UV_VERSION)/bin/uv
+INSTALLED := $(VENV)/installed
+
+# The models of the tests are tiny: starting threads costs more than they save.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup test test-all lint types pins clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## install the pinned packages and this project into .venv
+
+test: $(INSTALLED)  ## run the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)  ## run every test
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)  ## check the types of src
+	$(BIN)/basedpyright
+
+pins: $(UV)  ## write requirements.txt anew from pyproject.toml
+	UV_CUSTOM_COMPILE_COMMAND="make pins" $(UV) pip compile pyproject.toml --quiet --extra dev --generate-hashes \
+		--no-emit-index-url --python-version 3.11 --universal --output-file requirements.txt
+
+clean:  ## remove .venv, caches and build leftovers
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements.txt pyproject.toml | $(UV)
+	@echo "Installing the packages of requirements.txt into $(VENV) (about 6 GB the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
+	@$(UV) pip sync --quiet --require-hashes --python $(BIN)/python requirements.txt
+	@$(UV) pip install --quiet --no-deps --no-build-isolation --python $(BIN)/python --editable .
+	@touch $@
+
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, and this is " + sys.version.split()[0] + \
+		": name another, as in make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV)/uv-$(UV_VERSION)
+	@$(VENV)/uv-$(UV_VERSION)/bin/python -m pip install --quiet uv==$(UV_VERSION)

@@ -1,0 +1,1 @@
+"""GIFT as a PEFT method."""

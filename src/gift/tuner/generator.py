@@ -1,0 +1,389 @@
+"""The hyper-Transformer: frozen weights in, low-rank residuals and cluster assignments out.
+
+Every row of a frozen weight W (N, d_in) is a *parameter token*. It is reduced to d channels, passed through a few
+blocks, and recovered to d_in channels. The recovery is linear, so the residual is a product of one *left factor* per
+layer and one *right factor* shared by all of them:
+
+    X = W reduce^T (+ bias) + position;   X <- block(X), repeated;   dW = X recover = left right
+
+Glossary (symbol: word): L: layers, N: out_features (parameter tokens), d_in: in_features, d: rank, M: clusters,
+l: blocks, W: weight, dW: residual, H: left factor, R: right factor, C: assignment.
+Source: GIFT (arXiv 2312.00700), first version for the blocks, later versions for the `linear` generator.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gift.tuner.attention import (
+    ASSIGNMENTS,
+    NORMS,
+    ClusterAttention,
+    SelfAttention,
+    check_heads,
+    initial_linear,
+    make_norm,
+)
+
+INITIAL_POSITION = 0.1  # sin-cos positions start at this share of the tokens' root mean square
+POSITIONS = ("sincos", "learned", "none")
+GENERATORS = ("paca", "linear", "transformer", "mlp", "mixer")
+
+
+@dataclass
+class GeneratorOptions:
+    """What a generator is made of.
+
+    Args:
+        generator: Kind: `paca` (blocks of Parameter-to-Cluster attention), `transformer` (plain self-attention), `mlp`,
+            `mixer` (an MLP along the tokens, then one along the channels) or `linear` (no blocks).
+        r: Width of a parameter token inside the generator; rank of the residual.
+        num_clusters: Number of clusters of `paca`; `linear` always has `r`, the others have none.
+        num_blocks: Number of blocks; `linear` has none.
+        num_heads: Attention heads of `paca` and `transformer`; must divide `r`.
+        mlp_ratio: Hidden width of the feed-forward part as a multiple of `r`; 0 leaves it out.
+        num_mixed_tokens: Hidden width of `mixer` along the tokens, absolute.
+        position: Encoding of the token index: `sincos` (fixed table times a learned gain), `learned` (a table that
+            starts at zero) or `none`. By default `sincos`; `linear` takes `none` only.
+        norm: Norm before each part of a block and of the cluster tokens: `l2`, `layer` or `none` (the cluster tokens
+            then keep `l2`).
+        assignment: Activation of the assignment of tokens to clusters: `sigmoid`, or `softmax` over the tokens.
+        assignment_gain: Factor on the assignment's logits. With `l2` norm and gain 1 every sigmoid entry starts
+            within 0.03 of one half.
+        learn_assignment_gain: Whether that factor is trained.
+        reduce_bias: Whether the map from `in_features` to `r` has a bias.
+        recover_bias: Whether the map from `r` back to `in_features` has a bias, zero at the start.
+        init_scale: Factor on the initial weights of the first map, hence on the left factor the zero last map meets.
+
+    Raises:
+        ValueError: If a name is unknown or a number does not make sense.
+    """
+
+    generator: str = "paca"
+    r: int = 16
+    num_clusters: int = 96
+    num_blocks: int = 1
+    num_heads: int = 1
+    mlp_ratio: float = 2.0
+    num_mixed_tokens: int = 64
+    position: str | None = None
+    norm: str = "l2"
+    assignment: str = "sigmoid"
+    assignment_gain: float = 1.0
+    learn_assignment_gain: bool = False
+    reduce_bias: bool = False
+    recover_bias: bool = False
+    init_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Fill in the position and check every option."""
+        if self.position is None:
+            self.position = "none" if self.generator == "linear" else "sincos"
+        _check_choice("generator", self.generator, GENERATORS)
+        _check_choice("position", self.position, POSITIONS)
+        _check_choice("norm", self.norm, NORMS)
+        _check_choice("assignment", self.assignment, ASSIGNMENTS)
+        for name in ("r", "num_clusters", "num_blocks", "num_heads", "num_mixed_tokens"):
+            _check_number(name, getattr(self, name), smallest=1, whole=True)
+        _check_number("mlp_ratio", self.mlp_ratio, smallest=0)
+        _check_number("assignment_gain", self.assignment_gain)
+        _check_number("init_scale", self.init_scale)
+        for name in ("learn_assignment_gain", "reduce_bias", "recover_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
+        if self.generator == "linear" and self.position != "none":
+            raise ValueError(f"The linear generator has no positions, got position={self.position!r}: leave it out.")
+        if self.generator in ("paca", "transformer"):
+            check_heads(self.r, self.num_heads)
+
+    @property
+    def binds_tokens(self) -> bool:
+        """Whether a generator made so serves one number of parameter tokens only."""
+        return self.generator == "mixer" or self.position == "learned"
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}: choose one of {', '.join(choices)}.")
+
+
+def _check_number(name: str, value: object, smallest: float | None = None, whole: bool = False) -> None:
+    kind = "a whole number" if whole else "a finite number"
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not fits or not math.isfinite(value) or (smallest is not None and value < smallest):  # type: ignore[arg-type]
+        raise ValueError(
+            f"{name} must be {kind}{'' if smallest is None else f' of at least {smallest}'}, got {value!r}."
+        )
+
+
+class Factors(NamedTuple):
+    """The residuals of the layers one generator serves, and how their parameter tokens were clustered.
+
+    Attributes:
+        left: Left factor of every layer, (out_features, rank); one more column of ones if the recovery has a bias.
+        right: Right factor shared by all layers, (rank, in_features); one more row if the recovery has a bias.
+        assignments: For every layer the assignment of every block, (out_features, clusters); no block has one in
+            generators without clusters.
+    """
+
+    left: tuple[Float[Tensor, "_ rank"], ...]
+    right: Float[Tensor, "rank in_features"]
+    assignments: tuple[tuple[Float[Tensor, "_ clusters"], ...], ...]
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with the exact GELU between them, over the last axis.
+
+    Args:
+        channels: Width of the input and of the output.
+        hidden: Width in between.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.expand = initial_linear(channels, hidden)
+        self.contract = initial_linear(hidden, channels)
+
+    def forward(self, tokens: Float[Tensor, "*axes channels"]) -> Float[Tensor, "*axes channels"]:
+        """Return the transformed tokens, without residual connection."""
+        return self.contract(functional.gelu(self.expand(tokens)))
+
+
+class TokenMixer(nn.Module):
+    """A feed-forward network along the tokens, the same for every channel (MLP-Mixer).
+
+    Args:
+        tokens: Number N of tokens; fixed, since the weights depend on it.
+        hidden: Absolute width in between.
+    """
+
+    def __init__(self, tokens: int, hidden: int) -> None:
+        super().__init__()
+        self.feed_forward = FeedForward(tokens, hidden)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens channels"]
+    ) -> tuple[Float[Tensor, "batch tokens channels"], None]:
+        """Return the mixed tokens, without residual connection; there is no assignment."""
+        return self.feed_forward(tokens.transpose(1, 2)).transpose(1, 2), None
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: tokens look at each other (`mixing`), then every token by itself (`feed_forward`).
+
+    Args:
+        channels: Width d of a token.
+        mixing: Module returning (tokens, assignment or None), or None to leave the step out.
+        hidden: Hidden width of the feed-forward part; 0 leaves it out.
+        norm: Name of the norm before each part.
+    """
+
+    def __init__(self, channels: int, mixing: nn.Module | None, hidden: int, norm: str) -> None:
+        super().__init__()
+        self.mixing = mixing
+        self.mixing_norm = make_norm(norm, channels) if mixing is not None else None
+        self.feed_forward = FeedForward(channels, hidden) if hidden else None
+        self.feed_forward_norm = make_norm(norm, channels) if hidden else None
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens channels"]
+    ) -> tuple[Float[Tensor, "batch tokens channels"], Float[Tensor, "batch tokens clusters"] | None]:
+        """Return the new tokens and the assignment of this block, None where it has no clusters."""
+        assignment = None
+        if self.mixing is not None and self.mixing_norm is not None:
+            mixed, assignment = self.mixing(self.mixing_norm(tokens))
+            tokens = tokens + mixed
+        if self.feed_forward is not None and self.feed_forward_norm is not None:
+            tokens = tokens + self.feed_forward(self.feed_forward_norm(tokens))
+        return tokens, assignment
+
+
+def _cluster_attention(options: GeneratorOptions, tokens: int) -> nn.Module:
+    return ClusterAttention(
+        options.r,
+        options.num_clusters,
+        heads=options.num_heads,
+        assignment=options.assignment,
+        norm="l2" if options.norm == "none" else options.norm,
+        gain=options.assignment_gain,
+        learn_gain=options.learn_assignment_gain,
+    )
+
+
+def _self_attention(options: GeneratorOptions, tokens: int) -> nn.Module:
+    return SelfAttention(options.r, options.num_heads)
+
+
+def _token_mixer(options: GeneratorOptions, tokens: int) -> nn.Module:
+    return TokenMixer(tokens, options.num_mixed_tokens)
+
+
+def _no_mixing(options: GeneratorOptions, tokens: int) -> None:
+    return None
+
+
+# How the parameter tokens of a layer look at each other; `linear` has no blocks at all.
+MIXINGS: dict[str, Callable[[GeneratorOptions, int], nn.Module | None]] = {
+    "paca": _cluster_attention,
+    "transformer": _self_attention,
+    "mlp": _no_mixing,
+    "mixer": _token_mixer,
+}
+
+
+class WeightGenerator(nn.Module):
+    """Generate the residual of every linear layer that shares one input width.
+
+    The residual is exactly zero at the start, because `recover` is. In the `linear` generator, without blocks and
+    position, dW = W phi psi, and its assignment is the reduced weight itself (M = d).
+
+    Args:
+        in_features: Input width of the target layers.
+        out_features: Output width of the target layers; only `mixer` and learned positions bind it.
+        options: Kind, sizes and start of the generator.
+    """
+
+    def __init__(self, in_features: int, out_features: int, options: GeneratorOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.sincos: Tensor
+        self.bound_tokens = out_features if options.binds_tokens else None
+        self.reduce = nn.Linear(in_features, options.r, bias=options.reduce_bias)
+        with torch.no_grad():
+            self.reduce.weight.mul_(options.init_scale)
+        self.position = self._make_position(out_features)
+        self.blocks = nn.ModuleList(self._make_block(out_features) for _ in range(self._number_of_blocks()))
+        self.recover = nn.Parameter(torch.zeros(options.r, in_features))
+        self.recover_bias = nn.Parameter(torch.zeros(in_features)) if options.recover_bias else None
+
+    def _number_of_blocks(self) -> int:
+        return 0 if self.options.generator == "linear" else self.options.num_blocks
+
+    def _make_block(self, out_features: int) -> Block:
+        mixing = MIXINGS[self.options.generator](self.options, out_features)
+        return Block(self.options.r, mixing, int(self.options.r * self.options.mlp_ratio), self.options.norm)
+
+    def _make_position(self, out_features: int) -> nn.Parameter | None:
+        """Return the gain of the sin-cos table, or the learned table, which starts at zero."""
+        if self.options.position == "sincos":
+            table = sincos_table(out_features, self.options.r).to(self.reduce.weight.dtype)
+            self.register_buffer("sincos", table, persistent=False)
+            return nn.Parameter(torch.zeros(()))
+        if self.options.position == "learned":
+            return nn.Parameter(torch.zeros(out_features, self.options.r))
+        return None
+
+    @torch.no_grad()
+    def calibrate(self, weights: Sequence[Float[Tensor, "_ in_features"]]) -> None:
+        """Set the gain of the sin-cos positions to a tenth of the reduced weights' root mean square."""
+        if self.options.position != "sincos" or self.position is None:
+            return
+        squares = [self._reduce(weight).square().mean() for weight in weights]
+        self.position.copy_(INITIAL_POSITION * torch.stack(squares).mean().sqrt())
+
+    def _reduce(self, weight: Float[Tensor, "out_features in_features"]) -> Float[Tensor, "out_features rank"]:
+        """Return the parameter tokens of one weight, on the generator's own device and in its dtype."""
+        matrix = self.reduce.weight.to(weight.device)
+        tokens = reduce_weight(weight, matrix).to(self.reduce.weight.device)
+        return tokens if self.reduce.bias is None else tokens + self.reduce.bias
+
+    def _positions(self, tokens: int) -> Tensor | None:
+        if self.position is None or self.options.position == "learned":
+            return self.position
+        if self.sincos.shape[0] != tokens:  # a layer of another output width than the one this was made for
+            return self.position * sincos_table(tokens, self.options.r).to(self.position)
+        return self.position * self.sincos
+
+    def _tokens_to_left(
+        self, tokens: Float[Tensor, "layers out_features rank"]
+    ) -> tuple[Tensor, list[Float[Tensor, "layers out_features clusters"]]]:
+        """Return the left factors and the assignment of every block for layers of one output width."""
+        positions = self._positions(tokens.shape[1])
+        tokens = tokens if positions is None else tokens + positions
+        assignments = [tokens] if self.options.generator == "linear" else []
+        for block in self.blocks:
+            tokens, assignment = block(tokens)
+            if assignment is not None:
+                assignments.append(assignment)
+        if self.recover_bias is not None:
+            tokens = torch.cat([tokens, torch.ones_like(tokens[..., :1])], dim=-1)
+        return tokens, assignments
+
+    def forward(self, weights: Sequence[Float[Tensor, "_ in_features"]]) -> Factors:
+        """Return the factors of the residuals of all `weights` and the assignments of their rows.
+
+        Each weight is reduced by itself and only the small tokens are stacked: no weight is ever copied. Layers of
+        equal output width pass through the blocks as one batch.
+
+        Args:
+            weights: Frozen weight of every layer, each (out_features, in_features), any floating dtype and device.
+
+        Raises:
+            ValueError: If the generator is bound to another number of rows.
+        """
+        tokens = [self._reduce(weight) for weight in weights]
+        left = list(tokens)
+        assignments: list[tuple[Tensor, ...]] = [()] * len(tokens)
+        for out_features in dict.fromkeys(token.shape[0] for token in tokens):
+            self._check_tokens(out_features)
+            members = [index for index, token in enumerate(tokens) if token.shape[0] == out_features]
+            batch_left, batch_assignments = self._tokens_to_left(torch.stack([tokens[index] for index in members]))
+            for row, index in enumerate(members):
+                left[index] = batch_left[row]
+                assignments[index] = tuple(assignment[row] for assignment in batch_assignments)
+        return Factors(tuple(left), self._right(), tuple(assignments))
+
+    def _right(self) -> Float[Tensor, "rank in_features"]:
+        if self.recover_bias is None:
+            return self.recover
+        return torch.cat([self.recover, self.recover_bias[None]])
+
+    def _check_tokens(self, out_features: int) -> None:
+        if self.bound_tokens is not None and out_features != self.bound_tokens:
+            raise ValueError(
+                f"This generator ({self.options.generator}, position {self.options.position}) was made for weights "
+                f"of {self.bound_tokens} rows, got {out_features}. Use one generator per shape."
+            )
+
+
+class _ReduceInOtherDtype(torch.autograd.Function):
+    """The product weight @ matrix^T in the matrix's dtype, keeping the weight in its own for the backward pass.
+
+    Autograd alone would hold a float32 copy of every bf16 weight until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return weight.to(matrix.dtype) @ matrix.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (weight,) = ctx.saved_tensors
+        return None, gradients[0].T @ weight.to(gradients[0].dtype)
+
+
+def reduce_weight(
+    weight: Float[Tensor, "out_features in_features"], matrix: Float[Tensor, "rank in_features"]
+) -> Float[Tensor, "out_features rank"]:
+    """Return weight @ matrix^T in the matrix's dtype; the weight is frozen and gets no gradient."""
+    if weight.dtype == matrix.dtype:
+        return weight.detach() @ matrix.T
+    return _ReduceInOtherDtype.apply(weight.detach(), matrix)  # type: ignore[return-value]
+
+
+def sincos_table(tokens: int, channels: int) -> Float[Tensor, "{tokens} {channels}"]:
+    """Return the fixed sin-cos encoding of the token index: sines in the first half of the channels, cosines after.
+
+    The wavelengths run from 2 pi to 10000 * 2 pi ("Attention Is All You Need", section 3.5).
+    """
+    half = (channels + 1) // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :channels]

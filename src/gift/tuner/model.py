@@ -1,0 +1,335 @@
+"""The tuner: find the targets, share generators among them, follow the life of every adapter."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.integrations import init_empty_weights
+from torch import Tensor, nn
+
+from gift.tuner.config import GiftConfig
+from gift.tuner.generator import WeightGenerator
+from gift.tuner.layer import GiftLinear
+from gift.tuner.saving import check_folder, check_tensors, fingerprint, warn_about_other_weights
+from gift.tuner.scope import FactorSource
+from gift.tuner.targets import Target, find_modules_to_save, find_targets, is_target
+
+GENERATORS_KEY = "base_model.gift_generators."
+
+
+class GiftModel(BaseTuner):
+    """PEFT's tuner for GIFT, made by `peft.get_peft_model(model, GiftConfig())`.
+
+    The generators live here, once per adapter and group of targets, under `gift_generators`; the layers reach them
+    through `gift_source`.
+
+    Args:
+        model: The model to adapt; its target layers are wrapped in place.
+        peft_config: The configuration, or configurations by adapter name.
+        adapter_name: Name of the first adapter.
+    """
+
+    uses_shared_state: bool = True
+    prefix: str = "gift_"
+    tuner_layer_cls = GiftLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name; our families are in backbones.py
+
+    # ---- creating ------------------------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.gift_generators = nn.ModuleDict()
+        self.gift_source = FactorSource(self.gift_generators)
+        self._gift_hooks: list[Any] = []
+        self._gift_planned: set[str] = set()
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Wrap the targets of an adapter and make its generators; on any error the model stays as it was.
+
+        Args:
+            model: The wrapped model.
+            adapter_name: Name of the adapter, whose configuration is in `peft_config`.
+            autocast_adapter_dtype: Ignored: the generator's dtype is an option of the configuration.
+            low_cpu_mem_usage: Whether to make the generators on the meta device, to be loaded.
+            state_dict: Must be None: a generator cannot be told from a state dict.
+
+        Raises:
+            ValueError: If the configuration does not fit the model, or the stored adapter does not fit both.
+        """
+        if state_dict is not None:
+            raise ValueError("GIFT adapters cannot be injected from a state_dict: pass a GiftConfig instead.")
+        config: GiftConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        targets = find_targets(model, config)
+        modules_to_save = find_modules_to_save(model, config)
+        self._check_own_layers(model, targets)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            generators, groups = _make_generators(model, config, targets)
+        self._check_adapter_name(adapter_name, generators)
+        if config._folder is not None:
+            check_folder(config._folder, _stored_tensors(model, generators, modules_to_save))
+            config._folder = None
+        config.modules_to_save = modules_to_save or None  # PEFT wants None where there are none ...
+        self._inject(model, adapter_name, targets, generators, groups)
+        config.modules_to_save = modules_to_save  # ... and a stored [] says that none were looked up
+
+    def _inject(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        targets: list[Target],
+        generators: nn.ModuleDict,
+        groups: dict[str, list[Target]],
+    ) -> None:
+        """Change the model, through PEFT; everything was checked before."""
+        config: Any = self.peft_config[adapter_name]
+        trainable = {p: p.requires_grad for p in self.gift_generators.parameters()}
+        self.gift_generators[adapter_name] = generators
+        self.gift_source.groups[adapter_name] = groups
+        self._gift_planned = {target.layer for target in targets}
+        wanted = config.target_modules  # PEFT shortens long lists, which parts of fused layers would not survive
+        try:
+            super().inject_adapter(model, adapter_name)
+        except Exception:
+            self._remove(adapter_name)
+            raise
+        config.target_modules = wanted
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
+        if config.inference_mode or adapter_name not in self.active_adapters:
+            generators.requires_grad_(False)
+        self.gift_source.drop()
+        self._add_hooks()
+
+    def _check_own_layers(self, model: nn.Module, targets: list[Target]) -> None:
+        for target in targets:
+            layer = model.get_submodule(target.layer)
+            if isinstance(layer, GiftLinear) and layer.gift_source is not self.gift_source:
+                raise ValueError(
+                    f"{target.layer} already carries a GIFT adapter of another PeftModel. Use add_adapter on that one, "
+                    "or unload it first."
+                )
+
+    def _check_adapter_name(self, adapter_name: str, generators: nn.ModuleDict) -> None:
+        """Refuse names that PEFT could not tell from parts of a parameter's name when it saves another adapter."""
+        taken = {part for name in generators.state_dict() for part in name.split(".")} | {"gift_generators"}
+        if adapter_name in taken:
+            raise ValueError(f"An adapter cannot be called {adapter_name!r}, which names a part of the generators.")
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
+        planned = not self._gift_planned or key in self._gift_planned
+        return planned and is_target(peft_config, key)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config  # targets were found in `inject_adapter`
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: GiftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, GiftLinear):
+            wrapped = GiftLinear(target, current_key, self.gift_source)
+            self._replace_module(parent, target_name, wrapped, target)
+            self.gift_source.layers[current_key] = target = wrapped
+        served = [t for targets in self.gift_source.groups[adapter_name].values() for t in targets]
+        parts = tuple(t.part for t in served if t.layer == current_key)
+        target.add_adapter(adapter_name, parts, peft_config.scaling, peft_config.apply)
+
+    def _add_hooks(self) -> None:
+        if not self._gift_hooks:
+            source = self.gift_source
+            self._gift_hooks = [
+                self.model.register_forward_pre_hook(source.open_scope),
+                self.model.register_forward_hook(source.close_scope, always_call=True),
+            ]
+
+    # ---- living --------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make the adapter (or the sum of several) the active one, and trainable unless `inference_mode`."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for name, generators in self.gift_generators.items():
+            generators.requires_grad_(name in self.active_adapters and not inference_mode)
+        self.gift_source.drop()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        for name, generators in self.gift_generators.items():
+            generators.requires_grad_(enabled and name in self.active_adapters)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Enable or disable gradients of the given adapters, head included."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names:
+            if name in self.gift_generators:
+                self.gift_generators[name].requires_grad_(requires_grad)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply the configured scaling of an adapter by `scale` in all layers."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"There is no adapter {adapter_name!r}, only {sorted(self.peft_config)}.")
+        for layer in self.gift_source.layers.values():
+            layer.set_scale(adapter_name, scale)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: a weighted sum of residuals is not the residual of one generator."""
+        raise ValueError(
+            "GIFT has no add_weighted_adapter: one generator cannot give a weighted sum of residuals. Activate several "
+            "adapters with base_model.set_adapter([...]) and weigh them with base_model.set_scale(name, scale)."
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter, its generators and its head."""
+        super().delete_adapter(adapter_name)
+        self._remove(adapter_name)
+
+    def _remove(self, adapter_name: str) -> None:
+        """Drop the generators of an adapter and unwrap layers that no adapter needs, if injecting it failed."""
+        if adapter_name in self.gift_generators:
+            del self.gift_generators[adapter_name]
+        self.gift_source.groups.pop(adapter_name, None)
+        self.gift_source.drop()
+        for name, layer in list(self.gift_source.layers.items()):
+            for table in layer.other_param_names:
+                getattr(layer, table).pop(adapter_name, None)
+            if not layer.gift_parts:
+                parent = self.model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], layer.base_layer)
+                del self.gift_source.layers[name]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        config: Any = self.peft_config[adapter_name]
+        self.gift_generators[adapter_name].to(config.torch_dtype)
+
+    def train(self, mode: bool = True) -> "GiftModel":
+        """Set the mode, and forget factors that were kept in the other one."""
+        self.gift_source.drop()
+        return super().train(mode)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self._gift_hooks:
+            hook.remove()
+        self._gift_hooks = []
+        return model  # type: ignore[return-value]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PEFT around forward and generate."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "GIFT cannot use another adapter for each sample (adapter_names): its residuals are added to the "
+                "weights, which a batch shares. Call the model once per adapter, after set_adapter."
+            )
+        with self.gift_source.pin():
+            yield
+
+    # ---- saving and loading --------------------------------------------------------------------------------------
+
+    def fingerprints(self, adapter_name: str) -> dict[str, list[float]]:
+        """Return 16 numbers for the frozen weight of every target of an adapter, by the target's name."""
+        layers = self.gift_source.layers
+        targets = [target for group in self.gift_source.groups[adapter_name].values() for target in group]
+        weights = {str(target): layers[target.layer].frozen_weight(target.part) for target in targets}
+        return {name: fingerprint(weight) for name, weight in weights.items() if weight.device.type != "meta"}
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Any,
+    ) -> dict[str, Tensor]:
+        config.fingerprint = _tuner_of(model).fingerprints(adapter_name)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f"gift_generators.{adapter_name}.", "gift_generators.", 1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Translate the stored names, and check everything before the first tensor is copied."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tuner = _tuner_of(model)
+        belongs = (f".{adapter_name}.", "gift_generators.", "modules_to_save.")
+        expected = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if belongs[0] in name and any(part + adapter_name + "." in name for part in belongs[1:])
+        }
+        check_tensors(remapped, expected, f"The stored adapter {adapter_name!r}")
+        if config.fingerprint:
+            warn_about_other_weights(config.fingerprint, tuner.fingerprints(adapter_name))
+        tuner.gift_source.drop()
+        return remapped
+
+
+def _tuner_of(model: nn.Module) -> GiftModel:
+    tuners = [module for module in model.modules() if isinstance(module, GiftModel)]
+    if len(tuners) != 1:
+        raise ValueError(f"Expected a PeftModel with one GIFT tuner, got {type(model).__name__} with {len(tuners)}.")
+    return tuners[0]
+
+
+def _make_generators(
+    model: nn.Module, config: GiftConfig, targets: list[Target]
+) -> tuple[nn.ModuleDict, dict[str, list[Target]]]:
+    """Return one generator for every group of targets that share one, and the groups."""
+    options = config.generator_options()
+    weights = {target: _weight_of(model, target) for target in targets}
+    groups: dict[str, list[Target]] = {}
+    for target, weight in weights.items():
+        groups.setdefault(_group_name(config, options.binds_tokens, target, weight), []).append(target)
+    generators = nn.ModuleDict()
+    for group, members in groups.items():
+        first = weights[members[0]]
+        generator = WeightGenerator(first.shape[1], first.shape[0], options)
+        generator.to(dtype=config.torch_dtype)
+        if first.device.type != "meta" and generator.recover.device.type != "meta":
+            generator.to(first.device)
+            generator.calibrate([weights[member] for member in members])
+        generators[group] = generator
+    return generators, groups
+
+
+def _weight_of(model: nn.Module, target: Target) -> Tensor:
+    layer = model.get_submodule(target.layer)
+    view = layer if isinstance(layer, GiftLinear) else GiftLinear(layer, target.layer, FactorSource(nn.ModuleDict()))
+    return view.frozen_weight(target.part)
+
+
+def _group_name(config: GiftConfig, binds_tokens: bool, target: Target, weight: Tensor) -> str:
+    """Return which targets share a generator: `all-768`, or with the rows where a generator binds them."""
+    label = {"all": "all", "kind": target.kind, "layer": str(target)}[config.share].replace(".", ":")
+    rows, columns = weight.shape
+    return f"{label}-{rows}x{columns}" if binds_tokens else f"{label}-{columns}"
+
+
+def _stored_tensors(model: nn.Module, generators: nn.ModuleDict, modules_to_save: list[str]) -> dict[str, Tensor]:
+    """Return the tensors a stored adapter must hold, by the names PEFT stores them under."""
+    stored = {GENERATORS_KEY + name: tensor for name, tensor in generators.state_dict().items()}
+    for name, module in model.named_modules():
+        if name and any(name.endswith(save) for save in modules_to_save):
+            original = getattr(module, "original_module", module)
+            stored |= {f"base_model.model.{name}.{key}": tensor for key, tensor in original.state_dict().items()}
+    return stored

@@ -1,0 +1,111 @@
+"""The two ways of applying a residual left @ right to a frozen linear layer, each with a backward pass of its own.
+
+`factored`: y = x W^T + (x right^T) left^T. `dense`: y = x (W + left right)^T, one product as in the frozen layer.
+Both give the same gradients with skinny products only; neither ever forms a gradient of W's shape, which would cost as
+much as fully fine-tuning the layer. T tokens, N out_features, d rank: the extra work is 2 T d (d_in + N) forward and
+twice that backward for `factored`, and 2 N d d_in forward and 2 T d (2 d_in + 2 N) backward for `dense`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+DENSE_FROM = 1.0  # tokens per out_feature from which forming W + dW pays, see `dense_is_faster`
+
+
+@dataclass
+class LayerFactors:
+    """Factors of the sum of the residuals of one layer, scaling included.
+
+    Attributes:
+        left: (out_features, total rank of the adapters).
+        right: (total rank, in_features).
+        reusable: Whether the factors are kept for further forward passes.
+        dense: W + dW, formed on first use where that pays.
+    """
+
+    left: Float[Tensor, "out_features rank"]
+    right: Float[Tensor, "rank in_features"]
+    reusable: bool = False
+    dense: Tensor | None = None
+
+    def detached(self) -> "LayerFactors":
+        """Return the same values as leaves of the graph, which need gradients where these do."""
+        return LayerFactors(
+            self.left.detach().requires_grad_(self.left.requires_grad),
+            self.right.detach().requires_grad_(self.right.requires_grad),
+        )
+
+
+class _Factored(torch.autograd.Function):
+    """Frozen product plus low-rank product, the second accumulated into the first's output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, left, right)
+        return functional.linear(x, weight, bias).addmm_(x @ right.T, left.T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, gradients[0])
+
+
+class _Dense(torch.autograd.Function):
+    """One product with W + left right; the sum is not kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, left, right)
+        return functional.linear(x, torch.addmm(weight, left, right), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, gradients[0])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of y = x (W + left right)^T with respect to x, left and right; x right^T is made anew, not kept."""
+    x, weight, left, right = ctx.saved_tensors
+    x_needed, _, bias_needed, left_needed, right_needed = ctx.needs_input_grad
+    reduced = gradient @ left  # [tokens, rank]
+    grad_x = torch.addmm(gradient @ weight, reduced, right) if x_needed else None
+    grad_bias = gradient.sum(0) if bias_needed else None
+    grad_left = gradient.T @ (x @ right.T) if left_needed else None
+    grad_right = reduced.T @ x if right_needed else None
+    return grad_x, None, grad_bias, grad_left, grad_right
+
+
+def adapted_linear(
+    x: Float[Tensor, "*axes in_features"],
+    weight: Float[Tensor, "out_features in_features"],
+    bias: Float[Tensor, " out_features"] | None,
+    left: Float[Tensor, "out_features rank"],
+    right: Float[Tensor, "rank in_features"],
+    dense: bool,
+) -> Float[Tensor, "*axes out_features"]:
+    """Return x (weight + left right)^T + bias, with gradients for everything but `weight`.
+
+    Args:
+        x: Input of the layer.
+        weight: Frozen weight; its own gradient is never formed.
+        bias: Bias of the layer, or None.
+        left: Left factor of the residual, in the dtype of `weight`.
+        right: Right factor of the residual, in the dtype of `weight`.
+        dense: Whether to add the residual to the weight first; otherwise the products stay skinny.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    product = _Dense if dense else _Factored
+    return product.apply(flat, weight, bias, left, right).view(*x.shape[:-1], weight.shape[0])  # type: ignore[union-attr]
+
+
+def dense_is_faster(tokens: int, out_features: int) -> bool:
+    """Return whether `dense` beats `factored` in a training step, for `tokens` rows of input.
+
+    Adding the residual to the weight costs the same for any batch; what it saves grows with the tokens. The
+    break-even was measured (benchmarks/layer.py --sweep; results/layer.json), not counted.
+    """
+    return tokens >= DENSE_FROM * out_features

@@ -1,0 +1,113 @@
+"""What is stored of an adapter, and the checks before a stored one is loaded."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+FINGERPRINT_SIDE = 4  # a weight is remembered by 4 x 4 numbers: enough to estimate how far another one is from it
+SAME_WEIGHTS = 1e-3  # relative deviation up to which weights count as the same (a cast to bf16 gives 2e-3)
+
+
+def check_tensors(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
+    """Raise ValueError unless exactly the expected tensors are there, in the right shapes, floating and finite.
+
+    Args:
+        stored: Tensors by name, as stored.
+        expected: Tensors (or meta tensors) of the model by the same names.
+        origin: What to call the stored adapter in the message.
+    """
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    problems += [f"{name} is unexpected" for name in stored if name not in expected]
+    for name in expected.keys() & stored.keys():
+        tensor, shape = stored[name], tuple(expected[name].shape)
+        if tuple(tensor.shape) != shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, this model needs {shape}")
+        elif tensor.is_floating_point() != expected[name].is_floating_point():
+            problems.append(f"{name} has dtype {tensor.dtype}, this model needs {expected[name].dtype}")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{name} has NaN or infinite entries")
+    if problems:
+        raise ValueError(
+            f"{origin} does not fit this model and configuration; nothing was loaded: {'; '.join(sorted(problems)[:6])}"
+            f"{f' and {len(problems) - 6} more' if len(problems) > 6 else ''}."
+        )
+
+
+def check_folder(folder: Path, expected: Mapping[str, Tensor]) -> None:
+    """Check the safetensors file of an adapter folder, if there is one, against the tensors of the model.
+
+    Raises:
+        ValueError: If the file cannot be read or does not hold exactly the expected tensors.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return  # a hub repository or PEFT's older format: checked when PEFT has read it
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged and cannot be read ({error}); nothing was loaded.") from error
+    check_tensors(stored, expected, str(path))
+
+
+def fingerprint(weight: Float[Tensor, "rows columns"]) -> list[float]:
+    """Return 16 numbers by which a weight is recognised: projections on fixed random signs, in float64.
+
+    The root mean square of the difference of two fingerprints estimates the Frobenius norm of the difference of the
+    weights; the numbers are rounded to six digits.
+    """
+    rows = _signs(weight.shape[0], 1).to(weight.device)
+    columns = _signs(weight.shape[1], 2).to(weight.device)
+    sketch = rows @ (weight.detach().to(columns.dtype) @ columns.T)
+    return [float(f"{number:.6g}") for number in sketch.flatten().tolist()]
+
+
+def _signs(length: int, salt: int) -> Float[Tensor, "side length"]:
+    """Return fixed signs +-1 from an integer hash: the same on every platform and version."""
+    index = torch.arange(FINGERPRINT_SIDE * length, dtype=torch.int64) + salt * 1_000_003
+    bits = _hash(index) & 1
+    return (2.0 * bits - 1.0).view(FINGERPRINT_SIDE, length).to(torch.float32)
+
+
+def _hash(index: Int64[Tensor, " count"]) -> Int64[Tensor, " count"]:
+    for _ in range(2):
+        index = ((index >> 15) ^ index) * 0x2C1B3C6D & 0x7FFFFFFF
+        index = ((index >> 12) ^ index) * 0x297A2D39 & 0x7FFFFFFF
+    return index >> 7
+
+
+def warn_about_other_weights(stored: Mapping[str, list[float]], current: Mapping[str, list[float]]) -> None:
+    """Warn if the frozen weights are not those the adapter was saved with: the same generator then gives other dW.
+
+    Args:
+        stored: Fingerprint by target, from the adapter's configuration.
+        current: Fingerprint by target of this model.
+    """
+    shared = [name for name in stored if name in current and len(stored[name]) == len(current[name])]
+    if not shared:
+        return
+    deviation = {name: _relative_deviation([name], stored, current) for name in shared}
+    overall = _relative_deviation(shared, stored, current)
+    worst = max(deviation, key=lambda name: deviation[name])
+    if deviation[worst] > SAME_WEIGHTS:
+        warnings.warn(
+            f"This adapter was saved with other frozen weights: they deviate by {overall:.2g} of their norm (most in "
+            f"{worst}: {deviation[worst]:.2g}). The residual is generated from the weights, so it will differ too. "
+            "Load the adapter onto the checkpoint it was trained on.",
+            stacklevel=2,
+        )
+
+
+def _relative_deviation(
+    names: Iterable[str], stored: Mapping[str, list[float]], current: Mapping[str, list[float]]
+) -> float:
+    """Return the estimated norm of the weights' difference over the norm of the stored ones."""
+    old = torch.tensor([number for name in names for number in stored[name]], dtype=torch.float64)
+    new = torch.tensor([number for name in names for number in current[name]], dtype=torch.float64)
+    return float((new - old).norm() / old.norm().clamp_min(1e-12))

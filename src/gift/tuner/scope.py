@@ -1,0 +1,257 @@
+"""When factors are generated: once per forward for all layers as one batch, and not again while nothing changed.
+
+A forward pass of the wrapped model opens a *scope*: all factors are generated at its start and every adapted layer
+takes its own. Outside a scope:
+
+- without gradients, factors are kept and reused after an exact comparison of everything they depend on;
+- with gradients, a layer called by itself generates its own;
+- while the backward pass recomputes a checkpointed region, a layer takes what the scope gave it (non-reentrant
+  checkpointing, which compares the saved tensors), or generates its own (reentrant, which builds a new graph).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gift.tuner.generator import Factors
+from gift.tuner.layer import PARTS, GiftLinear
+from gift.tuner.products import LayerFactors
+from gift.tuner.targets import Target
+
+
+@dataclass
+class _Kept:
+    """Factors of one layer with what they were made from: its adapters and a probe of its frozen weight."""
+
+    factors: LayerFactors
+    adapters: tuple[tuple[str, float], ...]
+    probe: Tensor
+
+
+@dataclass
+class FactorSource:
+    """Where the adapted layers of one model get the factors of their residuals from.
+
+    A plain object, not a module: the layers can hold it without registering the generators a second time.
+
+    Attributes:
+        generators: Adapter -> group of targets -> `WeightGenerator`, as nested module dicts.
+        layers: The adapted layers by name.
+        groups: Adapter -> group -> the targets that its generator serves.
+    """
+
+    generators: nn.ModuleDict
+    layers: dict[str, GiftLinear] = field(default_factory=dict)
+    groups: dict[str, dict[str, list[Target]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Start with nothing generated."""
+        self._forget()
+        self._checked: set[str] = set()  # layers known to be called by the wrapped model's forward
+
+    def _forget(self) -> None:
+        self._scope: dict[str, LayerFactors] | None = None
+        self._scope_has_graph = False
+        self._from_scope: dict[str, LayerFactors] = {}  # of the last scope, for recomputation
+        self._called: set[str] = set()  # layers called since the last scope opened
+        self._reentrant: set[str] = set()  # layers called without gradients inside a scope with gradients
+        self._kept: dict[str, _Kept] = {}
+        self._kept_parameters: list[Tensor] = []
+        self._is_pinned = False
+        self._is_verified = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what belongs to a forward pass."""
+        return {"generators": self.generators, "layers": self.layers, "groups": self.groups, "_checked": self._checked}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore with nothing generated."""
+        self.__dict__.update(state)
+        self._forget()
+
+    def drop(self) -> None:
+        """Forget every kept factor; the next forward generates anew."""
+        self._forget()
+
+    def move_generators(self, adapter: str, device: torch.device) -> None:
+        """Bring the generators of an adapter to a device."""
+        if adapter in self.generators:
+            self.generators[adapter].to(device)
+
+    # ---- generating ----------------------------------------------------------------------------------------------
+
+    def generate_targets(self, adapter: str, targets: Sequence[Target]) -> Iterator[tuple[str, list[Target], Factors]]:
+        """Yield, for each generator of the adapter that serves some of `targets`: its group, those targets, factors."""
+        wanted = set(targets)
+        for group, members in self.groups[adapter].items():
+            served = [target for target in members if target in wanted]
+            if not served:
+                continue
+            generator = self.generators[adapter][group]  # type: ignore[index]
+            device = generator.recover.device.type
+            weights = [self.layers[target.layer].frozen_weight(target.part) for target in served]
+            with torch.autocast(device, enabled=False):
+                factors = generator(weights)
+            yield group, served, factors
+
+    def generate(self, layers: Sequence[GiftLinear], adapters: Sequence[str] | None = None) -> dict[str, LayerFactors]:
+        """Return the factors of every layer's residual by name, each generator called once for all of them.
+
+        Args:
+            layers: The layers.
+            adapters: Adapters to sum; by default those in effect in each layer.
+        """
+        chosen = {layer.gift_name: list(adapters or layer.adapters_in_effect) for layer in layers}
+        pieces: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in chosen}
+        for adapter in dict.fromkeys(adapter for names in chosen.values() for adapter in names):
+            targets = [
+                Target(layer.gift_name, part)
+                for layer in layers
+                if adapter in chosen[layer.gift_name]
+                for part in layer.gift_parts.get(adapter, ())
+            ]
+            for _, served, factors in self.generate_targets(adapter, targets):
+                for name, left in _left_by_layer(served, factors).items():
+                    scaling = self.layers[name].gift_scaling[adapter]
+                    pieces[name].append((left if scaling == 1 else left * scaling, factors.right))
+        return {name: _sum(of_layer) for name, of_layer in pieces.items()}
+
+    def _generate_or_reuse(self, layers: Sequence[GiftLinear]) -> dict[str, LayerFactors]:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.generate(layers)
+        return self._reuse(layers)
+
+    # ---- reusing without gradients -------------------------------------------------------------------------------
+
+    def _reuse(self, layers: Sequence[GiftLinear]) -> dict[str, LayerFactors]:
+        """Return kept factors where nothing they depend on changed, and generate and keep the others."""
+        trusted = self._is_pinned and self._is_verified
+        if not trusted and not self._same_parameters():
+            self._kept.clear()
+            self._kept_parameters = [parameter.detach().clone() for parameter in self.generators.parameters()]
+        stale = [layer for layer in layers if not self._is_kept(layer, trusted)]
+        for name, factors in self.generate(stale).items() if stale else ():
+            layer = self.layers[name]
+            factors.reusable = True
+            self._kept[name] = _Kept(factors, _adapters_of(layer), _probe(layer))
+        self._is_verified = True
+        return {layer.gift_name: self._kept[layer.gift_name].factors for layer in layers}
+
+    def _same_parameters(self) -> bool:
+        """Compare the generators' parameters by value: writes through `.data` leave no other trace."""
+        current = list(self.generators.parameters())
+        return len(current) == len(self._kept_parameters) and all(
+            new.dtype == old.dtype and new.device == old.device and torch.equal(new, old)
+            for new, old in zip(current, self._kept_parameters, strict=True)
+        )
+
+    def _is_kept(self, layer: GiftLinear, trusted: bool) -> bool:
+        kept = self._kept.get(layer.gift_name)
+        if kept is None or kept.adapters != _adapters_of(layer):
+            return False
+        if trusted:
+            return True
+        probe = _probe(layer)
+        same_place = (probe.dtype, probe.device) == (kept.probe.dtype, kept.probe.device)
+        return same_place and torch.equal(probe, kept.probe)
+
+    @contextmanager
+    def pin(self) -> Iterator[None]:
+        """Compare what kept factors depend on once, at the first forward inside, e.g. for all steps of `generate`."""
+        outer, self._is_pinned, self._is_verified = self._is_pinned, True, False
+        try:
+            yield
+        finally:
+            self._is_pinned, self._is_verified = outer, False
+
+    # ---- the scope of one forward pass ---------------------------------------------------------------------------
+
+    def open_scope(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the wrapped model: generate the factors of all layers with an adapter in effect."""
+        layers = [layer for layer in self.layers.values() if layer.adapters_in_effect]
+        if not layers:
+            return
+        self._scope = self._generate_or_reuse(layers)
+        self._scope_has_graph = torch.is_grad_enabled()
+        if torch.is_grad_enabled() and self._kept:
+            self._kept.clear()  # training goes on: free W + dW
+
+    def close_scope(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the wrapped model, also after an exception (then `output` is None).
+
+        Raises:
+            RuntimeError: If the first forward pass did not call an adapted layer.
+        """
+        scope, self._scope = self._scope, None
+        if scope is None or torch.compiler.is_compiling():
+            return
+        if self._scope_has_graph:
+            self._from_scope = {name: factors.detached() for name, factors in scope.items()}
+        if output is not None:
+            self._check_called(scope)
+
+    def _check_called(self, scope: dict[str, LayerFactors]) -> None:
+        uncalled = [name for name in scope if name not in self._checked and name not in self._called]
+        if uncalled:
+            raise RuntimeError(
+                f"The forward pass did not call these adapted layers: {', '.join(uncalled[:8])}"
+                f"{', ...' if len(uncalled) > 8 else ''}. An adapter there does nothing; the model reads their weights "
+                "directly or skips them. Leave them out with exclude_modules or choose other target_modules."
+            )
+        self._checked.update(scope)
+        self._called.clear()
+
+    def factors(self, layer: GiftLinear) -> LayerFactors:
+        """Return the factors for one call of `layer`: of the open scope, kept ones, or made for this call."""
+        name = layer.gift_name
+        if torch.compiler.is_compiling():
+            scope = self._scope
+            return scope[name] if scope is not None and name in scope else self.generate([layer])[name]
+        is_recomputing = torch._C._current_graph_task_id() != -1
+        if self._scope is not None and name in self._scope:
+            self._called.add(name)
+            if self._scope_has_graph and not torch.is_grad_enabled():
+                self._reentrant.add(name)
+            return self._scope[name]
+        if is_recomputing and name in self._from_scope and name not in self._reentrant:
+            return self._from_scope[name]
+        if not is_recomputing:
+            self._called.add(name)
+            self._from_scope.pop(name, None)  # this call, not the last scope's, is what could be recomputed
+        return self._generate_or_reuse([layer])[name]
+
+
+def _left_by_layer(targets: list[Target], factors: Factors) -> dict[str, Tensor]:
+    """Return the left factor of whole layers; rows of parts that are no targets are zero."""
+    by_layer: dict[str, dict[str | None, Tensor]] = {}
+    for target, left in zip(targets, factors.left, strict=True):
+        by_layer.setdefault(target.layer, {})[target.part] = left
+    return {name: parts[None] if None in parts else _join_parts(parts) for name, parts in by_layer.items()}
+
+
+def _join_parts(parts: dict[str | None, Tensor]) -> Tensor:
+    zeros = torch.zeros_like(next(iter(parts.values())))
+    return torch.cat([parts.get(part, zeros) for part in PARTS])
+
+
+def _sum(pieces: list[tuple[Tensor, Tensor]]) -> LayerFactors:
+    """Return the factors of the sum of several residuals: their factors side by side."""
+    if len(pieces) == 1:
+        return LayerFactors(*pieces[0])
+    lefts, rights = zip(*pieces, strict=True)
+    return LayerFactors(torch.cat(lefts, dim=1), torch.cat(rights, dim=0))
+
+
+def _adapters_of(layer: GiftLinear) -> tuple[tuple[str, float], ...]:
+    return tuple((adapter, layer.gift_scaling[adapter]) for adapter in layer.adapters_in_effect)
+
+
+def _probe(layer: GiftLinear) -> Tensor:
+    """Return one number per row of the frozen weight, which changes when the row does (also through `.data`)."""
+    weight = layer.frozen_weight()
+    phases = torch.arange(weight.shape[1], device=weight.device, dtype=torch.float32)
+    return weight @ (1.0 + (phases * 12.9898).sin()).to(weight.dtype)
