@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-NORMS = ("l2", "layer", "none")
-ASSIGNMENTS = ("sigmoid", "softmax")
+from gift.tuner.options import ASSIGNMENTS, NORMS, check_choice, check_heads
+
 LOGIT_BOUND = 0.1  # with unit tokens and gain 1, no assignment logit starts beyond this: |sigmoid - 1/2| <= 0.025
 INITIAL_STD = 0.02  # of the linear maps inside a block: small, so that a block starts close to the identity
 
@@ -32,13 +32,10 @@ def make_norm(name: str, channels: int) -> nn.Module:
     Raises:
         ValueError: If there is no norm of that name.
     """
+    check_choice("norm", name, NORMS)
     if name == "l2":
         return L2Norm()
-    if name == "layer":
-        return nn.LayerNorm(channels)
-    if name == "none":
-        return nn.Identity()
-    raise ValueError(f"Unknown norm {name!r}: choose one of {', '.join(NORMS)}.")
+    return nn.LayerNorm(channels) if name == "layer" else nn.Identity()
 
 
 def initial_linear(in_features: int, out_features: int) -> nn.Linear:
@@ -75,13 +72,12 @@ class ClusterAttention(nn.Module):
         heads: int = 1,
         assignment: str = "sigmoid",
         norm: str = "l2",
-        gain: float = 1.0,
+        gain: float | int = 1.0,
         learn_gain: bool = False,
     ) -> None:
         super().__init__()
         check_heads(channels, heads)
-        if assignment not in ASSIGNMENTS:
-            raise ValueError(f"Unknown assignment {assignment!r}: choose one of {', '.join(ASSIGNMENTS)}.")
+        check_choice("assignment", assignment, ASSIGNMENTS)
         self.heads = heads
         self.assignment = assignment
         self.cluster = nn.Linear(channels, clusters)
@@ -150,12 +146,6 @@ class SelfAttention(nn.Module):
             split_heads(self.value(tokens), self.heads),
         )
         return self.project(merge_heads(attended)), None
-
-
-def check_heads(channels: int, heads: int) -> None:
-    """Raise ValueError unless `heads` is a positive divisor of `channels`."""
-    if heads < 1 or channels % heads:
-        raise ValueError(f"Got {heads} heads for {channels} channels: the number of heads must divide the channels.")
 
 
 def split_heads(

@@ -1,6 +1,7 @@
 """Every option of GIFT, its default and its check."""
 
 import json
+import os
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from gift.tuner.generator import GeneratorOptions, _check_choice, _check_number
+from gift.tuner.options import GeneratorOptions, check_choice, check_number
 
 SHARINGS = ("all", "kind", "layer")
 APPLICATIONS = ("auto", "factored", "dense")
@@ -51,7 +52,7 @@ class GiftConfig(GeneratorOptions, PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     share: str = "all"
-    scaling: float = 1.0
+    scaling: float | int = 1.0
     apply: str = "auto"
     generator_dtype: str = "float32"
     fingerprint: dict[str, list[float]] | None = field(default=None, repr=False)
@@ -71,10 +72,10 @@ class GiftConfig(GeneratorOptions, PeftConfig):
                 "rank_pattern and alpha_pattern are not supported: all layers that share a generator have its rank. "
                 "Train two adapters with different target_modules instead."
             )
-        _check_choice("share", self.share, SHARINGS)
-        _check_choice("apply", self.apply, APPLICATIONS)
-        _check_choice("generator_dtype", self.generator_dtype, GENERATOR_DTYPES)
-        _check_number("scaling", self.scaling)
+        check_choice("share", self.share, SHARINGS)
+        check_choice("apply", self.apply, APPLICATIONS)
+        check_choice("generator_dtype", self.generator_dtype, GENERATOR_DTYPES)
+        check_number("scaling", self.scaling)
         self.target_modules = _as_names("target_modules", self.target_modules)  # type: ignore[assignment]
         self.exclude_modules = _as_names("exclude_modules", self.exclude_modules)  # type: ignore[assignment]
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -93,7 +94,7 @@ class GiftConfig(GeneratorOptions, PeftConfig):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
     ) -> "GiftConfig":
         """Return the configuration stored in a folder or hub repository, as PEFT does, but refuse incomplete ones.
 
@@ -102,7 +103,7 @@ class GiftConfig(GeneratorOptions, PeftConfig):
         Raises:
             ValueError: If the file is damaged or lacks an option.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(str(pretrained_model_name_or_path), subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if not isinstance(config, cls):
             raise ValueError(f"{folder} holds an adapter of type {config.peft_type}, not of GIFT.")

@@ -56,8 +56,8 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         self.gift_name = name
         self.gift_source = source
         self.gift_parts: dict[str, tuple[str | None, ...]] = {}
-        self.gift_scaling: dict[str, float] = {}
-        self.gift_default_scaling: dict[str, float] = {}
+        self.gift_scaling: dict[str, float | int] = {}
+        self.gift_default_scaling: dict[str, float | int] = {}
         self.gift_apply: dict[str, str] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -67,7 +67,7 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         rows = base_layer.weight.shape[1 if self.is_transposed else 0]  # type: ignore[union-attr]
         self.out_features, self.in_features = int(rows), int(base_layer.weight.numel() // rows)  # type: ignore
 
-    def add_adapter(self, adapter_name: str, parts: tuple[str | None, ...], scaling: float, apply: str) -> None:
+    def add_adapter(self, adapter_name: str, parts: tuple[str | None, ...], scaling: float | int, apply: str) -> None:
         """Let the adapter change this layer, or only the given parts of a fused layer."""
         self.gift_parts[adapter_name] = parts
         self.gift_scaling[adapter_name] = self.gift_default_scaling[adapter_name] = scaling
@@ -86,7 +86,7 @@ class GiftLinear(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.active_adapters if name in self.gift_parts]
 
-    def set_scale(self, adapter_name: str, scale: float) -> None:
+    def set_scale(self, adapter_name: str, scale: float | int) -> None:
         """Multiply the configured scaling of an adapter by `scale`; calling it again starts from the configured one."""
         if adapter_name in self.gift_scaling:
             self.gift_scaling[adapter_name] = scale * self.gift_default_scaling[adapter_name]

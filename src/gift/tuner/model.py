@@ -14,7 +14,7 @@ from gift.tuner.generator import WeightGenerator
 from gift.tuner.layer import GiftLinear
 from gift.tuner.saving import check_folder, check_tensors, fingerprint, warn_about_other_weights
 from gift.tuner.scope import FactorSource
-from gift.tuner.targets import Target, find_modules_to_save, find_targets, is_target
+from gift.tuner.targets import Target, find_modules_to_save, find_targets, matches
 
 GENERATORS_KEY = "base_model.gift_generators."
 
@@ -123,9 +123,9 @@ class GiftModel(BaseTuner):
         if adapter_name in taken:
             raise ValueError(f"An adapter cannot be called {adapter_name!r}, which names a part of the generators.")
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
-        planned = not self._gift_planned or key in self._gift_planned
-        return planned and is_target(peft_config, key)
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        found = matches(peft_config, key)  # PEFT may have shortened a long list of targets: the plan decides
+        return key in self._gift_planned if found else found
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config  # targets were found in `inject_adapter`
@@ -178,7 +178,7 @@ class GiftModel(BaseTuner):
             if name in self.gift_generators:
                 self.gift_generators[name].requires_grad_(requires_grad)
 
-    def set_scale(self, adapter_name: str, scale: float) -> None:
+    def set_scale(self, adapter_name: str, scale: float | int) -> None:
         """Multiply the configured scaling of an adapter by `scale` in all layers."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"There is no adapter {adapter_name!r}, only {sorted(self.peft_config)}.")

@@ -3,16 +3,18 @@
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from jaxtyping import Float, Int64
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 FINGERPRINT_SIDE = 4  # a weight is remembered by 4 x 4 numbers: enough to estimate how far another one is from it
-SAME_WEIGHTS = 1e-3  # relative deviation up to which weights count as the same (a cast to bf16 gives 2e-3)
+SAME_WEIGHTS = 4e-3  # relative deviation up to which weights count as the same: a cast to bf16 gives 1.7e-3
 
 
 def check_tensors(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
@@ -41,17 +43,17 @@ def check_tensors(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
 
 
 def check_folder(folder: Path, expected: Mapping[str, Tensor]) -> None:
-    """Check the safetensors file of an adapter folder, if there is one, against the tensors of the model.
+    """Check the stored weights of a local adapter folder against the tensors of the model, before it is changed.
 
     Raises:
-        ValueError: If the file cannot be read or does not hold exactly the expected tensors.
+        ValueError: If the file is missing, cannot be read or does not hold exactly the expected tensors.
     """
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        return  # a hub repository or PEFT's older format: checked when PEFT has read it
+    path = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder} holds no adapter weights ({' or '.join(WEIGHTS_FILES)}); nothing was loaded.")
     try:
-        stored = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        stored = load_peft_weights(str(folder), device="cpu")  # safetensors, or a pickle of tensors only
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{path} is damaged and cannot be read ({error}); nothing was loaded.") from error
     check_tensors(stored, expected, str(path))
 

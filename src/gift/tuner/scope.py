@@ -28,7 +28,7 @@ class _Kept:
     """Factors of one layer with what they were made from: its adapters and a probe of its frozen weight."""
 
     factors: LayerFactors
-    adapters: tuple[tuple[str, float], ...]
+    adapters: tuple[tuple[str, float | int], ...]
     probe: Tensor
 
 
@@ -246,7 +246,7 @@ def _sum(pieces: list[tuple[Tensor, Tensor]]) -> LayerFactors:
     return LayerFactors(torch.cat(lefts, dim=1), torch.cat(rights, dim=0))
 
 
-def _adapters_of(layer: GiftLinear) -> tuple[tuple[str, float], ...]:
+def _adapters_of(layer: GiftLinear) -> tuple[tuple[str, float | int], ...]:
     return tuple((adapter, layer.gift_scaling[adapter]) for adapter in layer.adapters_in_effect)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -43,7 +44,8 @@ def find_targets(model: nn.Module, config: GiftConfig) -> list[Target]:
     """
     if config.target_modules is None:
         config.target_modules = _family_targets(model)  # type: ignore[assignment]
-    _maybe_include_all_linear_layers(config, model)
+    if config.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        config.target_modules = _all_linear(model, config)  # type: ignore[assignment]
     modules = _modules_outside_tuner_layers(model)
     parts: dict[str, set[str | None]] = {}
     for entry in _entries(config):
@@ -70,9 +72,9 @@ def find_modules_to_save(model: nn.Module, config: GiftConfig) -> list[str]:
     return list(config.modules_to_save)
 
 
-def is_target(config: GiftConfig, name: str) -> bool:
-    """Return whether PEFT's matching rules select `name`; parts of fused layers count as the layer."""
-    return bool(check_target_module_exists(_selection(config), name))
+def matches(config: GiftConfig, name: str) -> Any:
+    """Return what PEFT's matching rules say of a module: true, false, or false in the form that means excluded."""
+    return check_target_module_exists(_selection(config), name)
 
 
 def _family_targets(model: nn.Module) -> set[str]:
@@ -83,6 +85,18 @@ def _family_targets(model: nn.Module) -> set[str]:
             f"adapt in target_modules. Its linear layers are:\n{describe_linear_layers(model)}"
         )
     return set(targets)
+
+
+def _all_linear(model: nn.Module, config: GiftConfig) -> set[str]:
+    """Return every linear layer that can be adapted, without heads and what the configuration leaves out."""
+    expanded = GiftConfig(target_modules=INCLUDE_LINEAR_LAYERS_SHORTHAND, task_type=config.task_type)
+    _maybe_include_all_linear_layers(expanded, model)
+    selection = _selection(config, target_modules=expanded.target_modules)
+    heads = classification_heads(model)
+    names = [str(name) for name in expanded.target_modules or () if name not in heads]
+    names = [name for name in names if check_target_module_exists(selection, name)]
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    return {name for name in names if not reads_weight_directly(parents[name], name.rpartition(".")[2])}
 
 
 def _modules_outside_tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -109,8 +123,10 @@ def _selection(config: GiftConfig, **changes: Any) -> Any:
     """Return what PEFT's matching rules read of a config, with the parts of fused layers left out."""
     options = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_modules")
     chosen = {option: getattr(config, option) for option in options} | changes
-    if not isinstance(config.target_modules, str):
+    if not isinstance(chosen["target_modules"], str):
         chosen["target_modules"] = {_split(entry)[0] for entry in chosen["target_modules"]}
+    # By default the first number in a name is the block's index, also where nothing stands before `blocks.0`.
+    chosen["layers_pattern"] = chosen["layers_pattern"] or r"[^.]+"
     return SimpleNamespace(target_parameters=None, **chosen)
 
 
@@ -213,6 +229,6 @@ def describe_linear_layers(model: nn.Module) -> str:
     kinds: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
-            key = (re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "N", name), tuple(module.weight.shape))
+            key = (re.sub(r"\b\d+(?=\.|$)", "N", name), tuple(module.weight.shape))
             kinds[key] = kinds.get(key, 0) + 1
     return "\n".join(f"  {name} {tuple(shape)}, {count} times" for (name, shape), count in kinds.items())

@@ -1,0 +1,219 @@
+"""When factors are generated: once per forward, not again while nothing changed, never stale."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gift import GiftConfig
+from gift.tuner.generator import WeightGenerator
+from tests.models import make_adapted_vit, make_images, make_vit, perturb
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Count calls of any generator, as the number of weights each was given."""
+    counted, forward = [], WeightGenerator.forward
+
+    def counting(self, weights):
+        counted.append(len(weights))
+        return forward(self, weights)
+
+    monkeypatch.setattr(WeightGenerator, "forward", counting)
+    return counted
+
+
+def gradients(model, images):
+    model.zero_grad()
+    model(images).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_training_forward_generates_all_layers_as_one_batch(calls):
+    model, images = make_adapted_vit().train(), make_images()
+    model(images)
+    model.base_model.model(images)
+    assert calls == [2, 2]
+
+
+def test_without_gradients_factors_are_generated_once_until_something_changes(calls):
+    model, images = make_adapted_vit(), make_images()
+    with torch.no_grad():
+        model(images)
+        model(images)
+    with torch.inference_mode():
+        model(images)
+    with torch.no_grad():
+        model(images)
+        model.base_model.model.forward_features(images)
+    assert calls == [2]
+
+
+@torch.no_grad()
+def test_every_write_to_a_generator_changes_the_output_also_through_data():
+    model, images = make_adapted_vit(), make_images()
+    for name, parameter in model.base_model.gift_generators.named_parameters():
+        before = model(images)
+        parameter.data.mul_(1.5).add_(0.1)
+        assert not torch.equal(model(images), before), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("apply", ["factored", "dense"])
+def test_a_write_to_a_frozen_weight_changes_the_output_also_through_data(apply):
+    model, images = make_adapted_vit(apply=apply), make_images()
+    model(images)
+    weight = model.base_model.model.blocks[0].attn.proj.base_layer.weight
+    weight.data[[0, 1]] = weight.data[[1, 0]]
+    after = model(images)
+    fresh = copy.deepcopy(model)
+    assert torch.equal(fresh(images), after)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.base_model.set_scale("default", 3.0),
+        lambda m: m.set_adapter("second"),
+        lambda m: m.base_model.set_adapter(["default", "second"]),
+        lambda m: m.delete_adapter("default"),
+        lambda m: m.base_model.disable_adapter_layers(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
+def test_every_change_of_the_adapters_in_effect_is_seen(change):
+    model, images = make_adapted_vit(modules_to_save=[]), make_images()
+    model.add_adapter("second", GiftConfig(r=2, num_clusters=3, modules_to_save=[]))
+    perturb(model, "second", std=0.3)
+    before = model(images)
+    change(model)
+    after = model(images)
+    assert not torch.equal(after, before)
+    assert torch.allclose(copy.deepcopy(model)(images), after, atol=1e-6)
+
+
+@torch.no_grad()
+def test_changing_the_dtype_of_the_backbone_is_seen():
+    model, images = make_adapted_vit(), make_images()
+    before = model(images)
+    after = model.double()(images.double())
+    assert after.dtype == torch.float64
+    assert (after - before).abs().max() < 1e-5
+    assert not torch.equal(after.float(), before)
+
+
+def test_training_after_evaluation_and_evaluation_after_training_are_not_stale():
+    model, images = make_adapted_vit(), make_images()
+    with torch.no_grad():
+        before = model(images)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    model(images).sum().backward()
+    optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        after = model(images)
+    assert not torch.equal(after, before)
+    assert torch.allclose(model(images), after, atol=1e-6)
+
+
+def test_submodules_called_directly_give_the_same_output_and_gradients():
+    model, images = make_adapted_vit(), make_images()
+    inner = model.base_model.model
+    expected = gradients(model, images)
+    model.zero_grad()
+    inner.forward_head(inner.forward_features(images)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert torch.allclose(parameter.grad, expected[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_gradients_with_checkpointing_are_those_without(use_reentrant):
+    model, images = make_adapted_vit().double(), make_images().double().requires_grad_()
+    expected = gradients(model, images)
+    for block in model.base_model.model.blocks:
+        forward = block.forward
+        block.forward = lambda x, f=forward: checkpoint(f, x, use_reentrant=use_reentrant)
+    got = gradients(model, images)
+    assert got.keys() == expected.keys()
+    assert max((got[name] - expected[name]).abs().max() for name in got) < 1e-10
+
+
+def test_two_forwards_before_one_backward_add_up():
+    model, images, others = make_adapted_vit().double(), make_images().double(), make_images(seed=5).double()
+    one, other = gradients(model, images), gradients(model, others)
+    model.zero_grad()
+    (model(images).square().sum() + model(others).square().sum()).backward()
+    for name, parameter in model.named_parameters():
+        if name in one:
+            assert (parameter.grad - one[name] - other[name]).abs().max() < 1e-10, name
+
+
+def test_the_first_forward_raises_if_an_adapted_layer_is_never_called():
+    class ReadsWeight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return nn.functional.linear(self.used(x), self.unused.weight)
+
+    config = GiftConfig(target_modules=["used", "unused"], r=2, modules_to_save=[])
+    model = get_peft_model(ReadsWeight(), config)
+    with pytest.raises(RuntimeError, match="did not call these adapted layers: unused"):
+        model(torch.randn(1, 4))
+
+
+def test_a_forward_that_raises_leaves_nothing_behind():
+    model, images = make_adapted_vit(), make_images()
+    expected = model(images)
+    with pytest.raises(AssertionError, match="Input"):
+        model(torch.randn(1, 3, 8, 8))
+    assert model.base_model.gift_source._scope is None
+    assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_whole_and_independent(clone):
+    model, images = make_adapted_vit(), make_images()
+    with torch.no_grad():
+        expected = model(images)
+        twin = clone(model)
+        perturb(model, seed=9)
+        assert torch.equal(twin(images), expected)
+        assert not torch.equal(model(images), expected)
+        perturb(twin, seed=9)
+        assert torch.equal(twin(images), model(images))
+
+
+def test_generating_text_calls_the_generator_once_for_all_tokens(calls):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 16}
+    backbone = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=1, **sizes)).eval()
+    model = perturb(get_peft_model(backbone, GiftConfig(r=2, task_type="CAUSAL_LM"))).eval()
+    tokens = model.generate(input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=10, min_new_tokens=10, do_sample=False)
+    assert tokens.shape == (1, 13)
+    assert calls == [2]
+
+
+def test_kept_factors_are_freed_when_training_goes_on():
+    model, images = make_adapted_vit(), make_images()
+    with torch.no_grad():
+        model(images)
+    assert model.base_model.gift_source._kept
+    model.train()
+    assert not model.base_model.gift_source._kept
+
+
+def test_an_untouched_backbone_is_not_slowed_by_adapters_that_are_switched_off(calls):
+    model, images = make_adapted_vit(modules_to_save=[]), make_images()
+    with model.disable_adapter():
+        assert torch.equal(model(images), make_vit()(images))
+    assert calls == []
