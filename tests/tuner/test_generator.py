@@ -28,7 +28,9 @@ CASES = {
     "transformer": {"generator": "transformer", "num_heads": 2, "num_blocks": 2},
     "mlp": {"generator": "mlp", "mlp_ratio": 1.5},
     "mixer": {"generator": "mixer", "num_mixed_tokens": 5},
+    "mlp with another activation": {"generator": "mlp", "activation": "silu"},
     "linear": {"generator": "linear"},
+    "linear with an activation": {"generator": "linear", "activation": "tanh"},
     "linear with biases": {"generator": "linear", "reduce_bias": True, "recover_bias": True},
 }
 
@@ -59,12 +61,17 @@ def linear(values, parameters, name):
     return values @ parameters[f"{name}.weight"].T + parameters[f"{name}.bias"]
 
 
-def gelu(values):
-    return 0.5 * values * (1 + torch.erf(values / math.sqrt(2)))
+ACTIVATIONS = {
+    "identity": lambda values: values,
+    "gelu": lambda values: 0.5 * values * (1 + torch.erf(values / math.sqrt(2))),
+    "silu": lambda values: values / (1 + torch.exp(-values)),
+    "tanh": lambda values: (torch.exp(2 * values) - 1) / (torch.exp(2 * values) + 1),
+}
 
 
-def feed_forward(values, parameters, name):
-    return linear(gelu(linear(values, parameters, f"{name}.expand")), parameters, f"{name}.contract")
+def feed_forward(values, parameters, name, activation):
+    hidden = ACTIVATIONS[activation](linear(values, parameters, f"{name}.expand"))
+    return linear(hidden, parameters, f"{name}.contract")
 
 
 def unit(values):
@@ -93,7 +100,7 @@ def attend(query, key, value, heads):
 def mix(tokens, parameters, name, options, gain):
     """Return what the first part of a block adds, and its assignment."""
     if options.generator == "mixer":
-        return feed_forward(tokens.T, parameters, f"{name}.feed_forward").T, None
+        return feed_forward(tokens.T, parameters, f"{name}.feed_forward", options.activation).T, None
     source, assignment = tokens, None
     if options.generator == "paca":
         logits = gain * linear(tokens, parameters, f"{name}.cluster")
@@ -103,7 +110,7 @@ def mix(tokens, parameters, name, options, gain):
         else:
             assignment = logits.exp() / logits.exp().sum(0)
             source = assignment.T @ tokens
-        source = norm(source, parameters, f"{name}.norm", "layer" if options.norm == "layer" else "l2")
+        source = unit(source)
     query = linear(tokens, parameters, f"{name}.query")
     key, value = linear(source, parameters, f"{name}.key"), linear(source, parameters, f"{name}.value")
     return linear(attend(query, key, value, options.num_heads), parameters, f"{name}.project"), assignment
@@ -128,6 +135,8 @@ def formula(weight, parameters, options):
     if options.reduce_bias:
         tokens = tokens + parameters["reduce.bias"]
     tokens = tokens + position_of(parameters, options)
+    if options.generator == "linear":
+        tokens = ACTIVATIONS[options.activation](tokens)
     assignments = [tokens] if options.generator == "linear" else []
     for block in range(0 if options.generator == "linear" else options.num_blocks):
         name = f"blocks.{block}"
@@ -139,7 +148,7 @@ def formula(weight, parameters, options):
             assignments += [] if assignment is None else [assignment]
         if options.mlp_ratio:
             normed = norm(tokens, parameters, f"{name}.feed_forward_norm", options.norm)
-            tokens = tokens + feed_forward(normed, parameters, f"{name}.feed_forward")
+            tokens = tokens + feed_forward(normed, parameters, f"{name}.feed_forward", options.activation)
     residual = tokens @ parameters["recover"]
     if options.recover_bias:
         residual = residual + torch.ones(ROWS, 1) * parameters["recover_bias"]

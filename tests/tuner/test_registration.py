@@ -60,7 +60,10 @@ def test_registering_again_changes_nothing():
             "_unload_and_optionally_merge _get_adapter_state_dict _remove_adapter_name_from_key "
             "_remap_adapter_state_dict_for_load uses_shared_state",
         ),
-        (BaseTunerLayer, "_get_available_adapters _move_adapter_to_device_of_base_layer supports_lora_conversion merge"),
+        (
+            BaseTunerLayer,
+            "_get_available_adapters _move_adapter_to_device_of_base_layer supports_lora_conversion merge",
+        ),
     ],
 )
 def test_what_the_tuner_overrides_exists_in_peft(owner, names):

@@ -133,13 +133,12 @@ def test_names_that_cannot_be_adapted_are_refused_and_the_model_stays_as_it_was(
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_layers_that_carry_an_adapter_of_another_method_or_model_are_refused():
     lora = get_peft_model(make_vit(), LoraConfig(target_modules=["attn.proj"]))
-    with pytest.raises(ValueError, match="already carries an adapter of another method"):
+    with pytest.raises(ValueError, match=r"already carries an adapter .*lora.*cannot be mixed"):
         adapt(lora.base_model.model)
     gift = adapt()
-    with pytest.raises(ValueError, match="GIFT adapter of another PeftModel"):
+    with pytest.raises(ValueError, match=r"already carries an adapter .*GiftLinear"):
         adapt(gift.base_model.model)
     assert torch.equal(gift.eval()(make_images()), make_vit()(make_images()))
 

@@ -86,7 +86,7 @@ class ClusterAttention(nn.Module):
         self.value = initial_linear(channels, channels)
         self.project = initial_linear(channels, channels)
         self.norm = make_norm(norm, channels)
-        self.gain = nn.Parameter(torch.tensor(float(gain))) if learn_gain else float(gain)
+        self.gain = nn.Parameter(torch.full((1,), float(gain))) if learn_gain else float(gain)
         self._bound_logits()
 
     @torch.no_grad()

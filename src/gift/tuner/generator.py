@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from gift.tuner.attention import ClusterAttention, SelfAttention, initial_linear, make_norm
 from gift.tuner.options import GeneratorOptions
@@ -40,22 +41,38 @@ class Factors(NamedTuple):
     assignments: tuple[tuple[Float[Tensor, "_ clusters"], ...], ...]
 
 
+def activate(values: Float[Tensor, "*axes"], name: str) -> Float[Tensor, "*axes"]:
+    """Return the values after the activation called `name`; GELU is the exact one."""
+    if name == "identity":
+        return values
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "gelu": functional.gelu,
+        "relu": functional.relu,
+        "silu": functional.silu,
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+    }
+    return functions[name](values)
+
+
 class FeedForward(nn.Module):
-    """Two linear maps with the exact GELU between them, over the last axis.
+    """Two linear maps with an activation between them, over the last axis.
 
     Args:
         channels: Width of the input and of the output.
         hidden: Width in between.
+        activation: Name of the activation.
     """
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
+        self.activation = activation
         self.expand = initial_linear(channels, hidden)
         self.contract = initial_linear(hidden, channels)
 
     def forward(self, tokens: Float[Tensor, "*axes channels"]) -> Float[Tensor, "*axes channels"]:
         """Return the transformed tokens, without residual connection."""
-        return self.contract(functional.gelu(self.expand(tokens)))
+        return self.contract(activate(self.expand(tokens), self.activation))
 
 
 class TokenMixer(nn.Module):
@@ -64,11 +81,12 @@ class TokenMixer(nn.Module):
     Args:
         tokens: Number N of tokens; fixed, since the weights depend on it.
         hidden: Absolute width in between.
+        activation: Name of the activation.
     """
 
-    def __init__(self, tokens: int, hidden: int) -> None:
+    def __init__(self, tokens: int, hidden: int, activation: str = "gelu") -> None:
         super().__init__()
-        self.feed_forward = FeedForward(tokens, hidden)
+        self.feed_forward = FeedForward(tokens, hidden, activation)
 
     def forward(
         self, tokens: Float[Tensor, "batch tokens channels"]
@@ -81,17 +99,16 @@ class Block(nn.Module):
     """Pre-norm residual block: tokens look at each other (`mixing`), then every token by itself (`feed_forward`).
 
     Args:
-        channels: Width d of a token.
+        options: Width of a token, norm, and size of the feed-forward part (ratio 0 leaves it out).
         mixing: Module returning (tokens, assignment or None), or None to leave the step out.
-        hidden: Hidden width of the feed-forward part; 0 leaves it out.
-        norm: Name of the norm before each part.
     """
 
-    def __init__(self, channels: int, mixing: nn.Module | None, hidden: int, norm: str) -> None:
+    def __init__(self, options: GeneratorOptions, mixing: nn.Module | None) -> None:
         super().__init__()
+        channels, norm, hidden = options.r, options.norm, int(options.r * options.mlp_ratio)
         self.mixing = mixing
         self.mixing_norm = make_norm(norm, channels) if mixing is not None else None
-        self.feed_forward = FeedForward(channels, hidden) if hidden else None
+        self.feed_forward = FeedForward(channels, hidden, options.activation or "gelu") if hidden else None
         self.feed_forward_norm = make_norm(norm, channels) if hidden else None
 
     def forward(
@@ -113,7 +130,6 @@ def _cluster_attention(options: GeneratorOptions, tokens: int) -> nn.Module:
         options.num_clusters,
         heads=options.num_heads,
         assignment=options.assignment,
-        norm="l2" if options.norm == "none" else options.norm,
         gain=options.assignment_gain,
         learn_gain=options.learn_assignment_gain,
     )
@@ -124,7 +140,7 @@ def _self_attention(options: GeneratorOptions, tokens: int) -> nn.Module:
 
 
 def _token_mixer(options: GeneratorOptions, tokens: int) -> nn.Module:
-    return TokenMixer(tokens, options.num_mixed_tokens)
+    return TokenMixer(tokens, options.num_mixed_tokens, options.activation or "gelu")
 
 
 def _no_mixing(options: GeneratorOptions, tokens: int) -> None:
@@ -169,15 +185,14 @@ class WeightGenerator(nn.Module):
         return 0 if self.options.generator == "linear" else self.options.num_blocks
 
     def _make_block(self, out_features: int) -> Block:
-        mixing = MIXINGS[self.options.generator](self.options, out_features)
-        return Block(self.options.r, mixing, int(self.options.r * self.options.mlp_ratio), self.options.norm)
+        return Block(self.options, MIXINGS[self.options.generator](self.options, out_features))
 
     def _make_position(self, out_features: int) -> nn.Parameter | None:
         """Return the gain of the sin-cos table, or the learned table, which starts at zero."""
         if self.options.position == "sincos":
             table = sincos_table(out_features, self.options.r).to(self.reduce.weight.dtype)
             self.register_buffer("sincos", table, persistent=False)
-            return nn.Parameter(torch.zeros(()))
+            return nn.Parameter(torch.zeros(1))
         if self.options.position == "learned":
             return nn.Parameter(torch.zeros(out_features, self.options.r))
         return None
@@ -209,7 +224,10 @@ class WeightGenerator(nn.Module):
         """Return the left factors and the assignment of every block for layers of one output width."""
         positions = self._positions(tokens.shape[1])
         tokens = tokens if positions is None else tokens + positions
-        assignments = [tokens] if self.options.generator == "linear" else []
+        assignments = []
+        if self.options.generator == "linear":
+            tokens = activate(tokens, self.options.activation or "identity")
+            assignments.append(tokens)
         for block in self.blocks:
             tokens, assignment = block(tokens)
             if assignment is not None:
@@ -222,7 +240,9 @@ class WeightGenerator(nn.Module):
         """Return the factors of the residuals of all `weights` and the assignments of their rows.
 
         Each weight is reduced by itself and only the small tokens are stacked: no weight is ever copied. Layers of
-        equal output width pass through the blocks as one batch.
+        equal output width pass through the blocks as one batch. Blocks are computed again in the backward pass, which
+        costs little beside the layers and keeps no (layers, out_features, clusters) tensors (torch.compile decides
+        about that itself).
 
         Args:
             weights: Frozen weight of every layer, each (out_features, in_features), any floating dtype and device.
@@ -230,6 +250,11 @@ class WeightGenerator(nn.Module):
         Raises:
             ValueError: If the generator is bound to another number of rows.
         """
+        if torch.is_grad_enabled() and self.blocks and not torch.compiler.is_compiling():
+            return checkpoint(self._generate, tuple(weights), use_reentrant=False, preserve_rng_state=False)
+        return self._generate(weights)
+
+    def _generate(self, weights: Sequence[Float[Tensor, "_ in_features"]]) -> Factors:
         tokens = [self._reduce(weight) for weight in weights]
         left = list(tokens)
         assignments: list[tuple[Tensor, ...]] = [()] * len(tokens)

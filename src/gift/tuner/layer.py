@@ -20,6 +20,8 @@ PARTS = ("q", "k", "v")  # the parts of a fused layer, one after the other along
 class SuppliesFactors(Protocol):
     """What a layer needs of `gift.tuner.scope.FactorSource`."""
 
+    generators: nn.ModuleDict
+
     def factors(self, layer: "GiftLinear") -> LayerFactors:
         """Return the factors for one call of the layer."""
         ...
@@ -47,7 +49,7 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         source: Where the factors come from.
     """
 
-    adapter_layer_names: tuple[str, ...] = ()
+    adapter_layer_names: tuple[str, ...] = ("gift_generators",)
     other_param_names: tuple[str, ...] = ("gift_parts", "gift_scaling", "gift_default_scaling", "gift_apply")
 
     def __init__(self, base_layer: nn.Module, name: str, source: SuppliesFactors) -> None:
@@ -59,6 +61,7 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         self.gift_scaling: dict[str, float | int] = {}
         self.gift_default_scaling: dict[str, float | int] = {}
         self.gift_apply: dict[str, str] = {}
+        self.cast_input_dtype_enabled = True  # PEFT's helper switches it; the input is never cast here
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.gift_original_weight: Tensor | None
@@ -72,6 +75,11 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         self.gift_parts[adapter_name] = parts
         self.gift_scaling[adapter_name] = self.gift_default_scaling[adapter_name] = scaling
         self.gift_apply[adapter_name] = apply
+
+    @property
+    def gift_generators(self) -> nn.ModuleDict:
+        """The generators of all adapters, which PEFT switches, trains and deletes through any layer; not registered."""
+        return self.gift_source.generators
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.gift_parts)
@@ -113,8 +121,8 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         return residual.T if self.is_transposed else residual
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return True: the residual is one matrix of low rank, added to the weight."""
-        return True
+        """Return whether PEFT can convert the residual, a matrix of low rank; it knows no parts of fused layers."""
+        return all(part is None for parts in self.gift_parts.values() for part in parts)
 
     # ---- forward -------------------------------------------------------------------------------------------------
 

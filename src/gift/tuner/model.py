@@ -1,11 +1,11 @@
 """The tuner: find the targets, share generators among them, follow the life of every adapter."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 
@@ -38,11 +38,15 @@ class GiftModel(BaseTuner):
 
     # ---- creating ------------------------------------------------------------------------------------------------
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        _check_without_adapters(model)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.gift_generators = nn.ModuleDict()
         self.gift_source = FactorSource(self.gift_generators)
         self._gift_hooks: list[Any] = []
-        self._gift_planned: set[str] = set()
+        self._gift_planned: dict[str, set[str]] = {}  # by adapter, the names of its target layers
 
     def inject_adapter(
         self,
@@ -69,16 +73,34 @@ class GiftModel(BaseTuner):
         config: GiftConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         targets = find_targets(model, config)
         modules_to_save = find_modules_to_save(model, config)
-        self._check_own_layers(model, targets)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             generators, groups = _make_generators(model, config, targets)
-        self._check_adapter_name(adapter_name, generators)
+        stored = _stored_tensors(model, generators, modules_to_save)
+        self._check_adapter_name(model, adapter_name, generators, stored)
         if config._folder is not None:
-            check_folder(config._folder, _stored_tensors(model, generators, modules_to_save))
+            check_folder(config._folder, stored, _embedding_tensors(model, "base_model.model."))
             config._folder = None
         config.modules_to_save = modules_to_save or None  # PEFT wants None where there are none ...
         self._inject(model, adapter_name, targets, generators, groups)
         config.modules_to_save = modules_to_save  # ... and a stored [] says that none were looked up
+
+    def _check_adapter_name(
+        self, model: nn.Module, adapter_name: str, generators: nn.ModuleDict, stored: dict[str, Tensor]
+    ) -> None:
+        """Refuse names by which PEFT would leave out tensors when it saves one of several adapters.
+
+        It saves what has no part that is called like another adapter.
+        """
+        clashes = {adapter_name} & (_parts(generators.state_dict()) | {"gift_generators"})
+        for other in set(self.peft_config) - {adapter_name}:
+            config: Any = self.peft_config[other]
+            stored_by_other = _stored_tensors(model, self.gift_generators[other], config.modules_to_save)  # type: ignore
+            clashes |= ({adapter_name} & _parts(stored_by_other)) | ({other} & _parts(stored))
+        if clashes:
+            raise ValueError(
+                f"An adapter cannot be called {clashes.pop()!r} here, which names a part of the generators or of the "
+                "path to a trained module: PEFT could not save the adapters apart. Choose another name."
+            )
 
     def _inject(
         self,
@@ -93,12 +115,12 @@ class GiftModel(BaseTuner):
         trainable = {p: p.requires_grad for p in self.gift_generators.parameters()}
         self.gift_generators[adapter_name] = generators
         self.gift_source.groups[adapter_name] = groups
-        self._gift_planned = {target.layer for target in targets}
+        self._gift_planned[adapter_name] = {target.layer for target in targets}
         wanted = config.target_modules  # PEFT shortens long lists, which parts of fused layers would not survive
         try:
             super().inject_adapter(model, adapter_name)
         except Exception:
-            self._remove(adapter_name)
+            self._undo_injection(adapter_name)
             raise
         config.target_modules = wanted
         for parameter, requires_grad in trainable.items():
@@ -108,24 +130,10 @@ class GiftModel(BaseTuner):
         self.gift_source.drop()
         self._add_hooks()
 
-    def _check_own_layers(self, model: nn.Module, targets: list[Target]) -> None:
-        for target in targets:
-            layer = model.get_submodule(target.layer)
-            if isinstance(layer, GiftLinear) and layer.gift_source is not self.gift_source:
-                raise ValueError(
-                    f"{target.layer} already carries a GIFT adapter of another PeftModel. Use add_adapter on that one, "
-                    "or unload it first."
-                )
-
-    def _check_adapter_name(self, adapter_name: str, generators: nn.ModuleDict) -> None:
-        """Refuse names that PEFT could not tell from parts of a parameter's name when it saves another adapter."""
-        taken = {part for name in generators.state_dict() for part in name.split(".")} | {"gift_generators"}
-        if adapter_name in taken:
-            raise ValueError(f"An adapter cannot be called {adapter_name!r}, which names a part of the generators.")
-
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         found = matches(peft_config, key)  # PEFT may have shortened a long list of targets: the plan decides
-        return key in self._gift_planned if found else found
+        adapter = next(name for name, config in self.peft_config.items() if config is peft_config)
+        return key in self._gift_planned[adapter] if found else found
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config  # targets were found in `inject_adapter`
@@ -158,26 +166,6 @@ class GiftModel(BaseTuner):
 
     # ---- living --------------------------------------------------------------------------------------------------
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make the adapter (or the sum of several) the active one, and trainable unless `inference_mode`."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for name, generators in self.gift_generators.items():
-            generators.requires_grad_(name in self.active_adapters and not inference_mode)
-        self.gift_source.drop()
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        super()._enable_adapter_layers(enabled)
-        for name, generators in self.gift_generators.items():
-            generators.requires_grad_(enabled and name in self.active_adapters)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Enable or disable gradients of the given adapters, head included."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for name in names:
-            if name in self.gift_generators:
-                self.gift_generators[name].requires_grad_(requires_grad)
-
     def set_scale(self, adapter_name: str, scale: float | int) -> None:
         """Multiply the configured scaling of an adapter by `scale` in all layers."""
         if adapter_name not in self.peft_config:
@@ -194,15 +182,26 @@ class GiftModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter, its generators and its head."""
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
-        self._remove(adapter_name)
+        for layer in self.gift_source.layers.values():
+            if adapter_name in layer.gift_parts:  # PEFT passes over layers below a module called like its prefix
+                layer.delete_adapter(adapter_name)
+        self._forget(adapter_name)
+        if was_active and self.active_adapters:
+            self.set_adapter(self.active_adapters)  # the head of the adapter that takes over, too
 
-    def _remove(self, adapter_name: str) -> None:
-        """Drop the generators of an adapter and unwrap layers that no adapter needs, if injecting it failed."""
+    def _forget(self, adapter_name: str) -> None:
+        """Drop what is kept of an adapter outside its layers."""
         if adapter_name in self.gift_generators:
             del self.gift_generators[adapter_name]
         self.gift_source.groups.pop(adapter_name, None)
+        self._gift_planned.pop(adapter_name, None)
         self.gift_source.drop()
+
+    def _undo_injection(self, adapter_name: str) -> None:
+        """Take an adapter back out of the model, and the wrappers that were made for it alone."""
+        self._forget(adapter_name)
         for name, layer in list(self.gift_source.layers.items()):
             for table in layer.other_param_names:
                 getattr(layer, table).pop(adapter_name, None)
@@ -277,7 +276,8 @@ class GiftModel(BaseTuner):
             for name, tensor in model.state_dict().items()
             if belongs[0] in name and any(part + adapter_name + "." in name for part in belongs[1:])
         }
-        check_tensors(remapped, expected, f"The stored adapter {adapter_name!r}")
+        allowed = _embedding_tensors(tuner.model, "base_model.model.")
+        check_tensors(remapped, expected, allowed, f"The stored adapter {adapter_name!r}")
         if config.fingerprint:
             warn_about_other_weights(config.fingerprint, tuner.fingerprints(adapter_name))
         tuner.gift_source.drop()
@@ -289,6 +289,17 @@ def _tuner_of(model: nn.Module) -> GiftModel:
     if len(tuners) != 1:
         raise ValueError(f"Expected a PeftModel with one GIFT tuner, got {type(model).__name__} with {len(tuners)}.")
     return tuners[0]
+
+
+def _check_without_adapters(model: nn.Module) -> None:
+    """Raise ValueError if a layer of the model already carries an adapter, of GIFT or of another method."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise ValueError(
+                f"{name} already carries an adapter ({kind}), and GIFT cannot be mixed with it. Call unload() or "
+                "merge_and_unload() on the PeftModel it belongs to; further GIFT adapters are added with add_adapter."
+            )
 
 
 def _make_generators(
@@ -325,6 +336,10 @@ def _group_name(config: GiftConfig, binds_tokens: bool, target: Target, weight: 
     return f"{label}-{rows}x{columns}" if binds_tokens else f"{label}-{columns}"
 
 
+def _parts(tensors: dict[str, Tensor]) -> set[str]:
+    return {part for name in tensors for part in name.split(".")}
+
+
 def _stored_tensors(model: nn.Module, generators: nn.ModuleDict, modules_to_save: list[str]) -> dict[str, Tensor]:
     """Return the tensors a stored adapter must hold, by the names PEFT stores them under."""
     stored = {GENERATORS_KEY + name: tensor for name, tensor in generators.state_dict().items()}
@@ -333,3 +348,14 @@ def _stored_tensors(model: nn.Module, generators: nn.ModuleDict, modules_to_save
             original = getattr(module, "original_module", module)
             stored |= {f"base_model.model.{name}.{key}": tensor for key, tensor in original.state_dict().items()}
     return stored
+
+
+def _embedding_tensors(model: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Return the input and output embeddings, which PEFT stores with an adapter when asked to or when resized."""
+    embeddings = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):
+            embeddings.append(getattr(model, getter)())
+    names = [name for name, module in model.named_modules() if any(module is found for found in embeddings)]
+    tensors = model.state_dict()
+    return {prefix + key: tensor for key, tensor in tensors.items() for name in names if key.startswith(f"{name}.")}

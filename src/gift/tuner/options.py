@@ -8,6 +8,7 @@ GENERATORS = ("paca", "linear", "transformer", "mlp", "mixer")
 POSITIONS = ("sincos", "learned", "none")
 NORMS = ("l2", "layer", "none")
 ASSIGNMENTS = ("sigmoid", "softmax")
+ACTIVATIONS = ("identity", "gelu", "relu", "silu", "tanh", "sigmoid")
 
 
 @dataclass
@@ -25,8 +26,9 @@ class GeneratorOptions:
         num_mixed_tokens: Hidden width of `mixer` along the tokens, absolute.
         position: Encoding of the token index: `sincos` (fixed table times a learned gain), `learned` (a table that
             starts at zero) or `none`. By default `sincos`; `linear` takes `none` only.
-        norm: Norm before each part of a block and of the cluster tokens: `l2`, `layer` or `none` (the cluster tokens
-            then keep `l2`).
+        norm: Norm before each part of a block: `l2`, `layer` or `none`. Cluster tokens always have the `l2` norm.
+        activation: Activation of the feed-forward parts, by default the exact `gelu`; in `linear`, of the reduced
+            weight, by default `identity`. Others: `relu`, `silu`, `tanh`, `sigmoid`.
         assignment: Activation of the assignment of tokens to clusters: `sigmoid`, or `softmax` over the tokens.
         assignment_gain: Factor on the assignment's logits. With `l2` norm and gain 1 every sigmoid entry starts
             within 0.03 of one half.
@@ -48,6 +50,7 @@ class GeneratorOptions:
     num_mixed_tokens: int = 64
     position: str | None = None
     norm: str = "l2"
+    activation: str | None = None
     assignment: str = "sigmoid"
     assignment_gain: float | int = 1.0
     learn_assignment_gain: bool = False
@@ -56,12 +59,15 @@ class GeneratorOptions:
     init_scale: float | int = 1.0
 
     def __post_init__(self) -> None:
-        """Fill in the position and check every option."""
+        """Fill in what depends on the kind of generator, and check every option."""
+        if self.activation is None:
+            self.activation = "identity" if self.generator == "linear" else "gelu"
         if self.position is None:
             self.position = "none" if self.generator == "linear" else "sincos"
         check_choice("generator", self.generator, GENERATORS)
         check_choice("position", self.position, POSITIONS)
         check_choice("norm", self.norm, NORMS)
+        check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("assignment", self.assignment, ASSIGNMENTS)
         for name in ("r", "num_clusters", "num_blocks", "num_heads", "num_mixed_tokens"):
             check_number(name, getattr(self, name), smallest=1, whole=True)

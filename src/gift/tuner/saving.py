@@ -17,22 +17,26 @@ FINGERPRINT_SIDE = 4  # a weight is remembered by 4 x 4 numbers: enough to estim
 SAME_WEIGHTS = 4e-3  # relative deviation up to which weights count as the same: a cast to bf16 gives 1.7e-3
 
 
-def check_tensors(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
+def check_tensors(
+    stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], allowed: Mapping[str, Tensor], origin: str
+) -> None:
     """Raise ValueError unless exactly the expected tensors are there, in the right shapes, floating and finite.
 
     Args:
         stored: Tensors by name, as stored.
         expected: Tensors (or meta tensors) of the model by the same names.
+        allowed: Further tensors that may be there, in the right shapes.
         origin: What to call the stored adapter in the message.
     """
+    known = {**allowed, **expected}
     problems = [f"{name} is missing" for name in expected if name not in stored]
-    problems += [f"{name} is unexpected" for name in stored if name not in expected]
-    for name in expected.keys() & stored.keys():
-        tensor, shape = stored[name], tuple(expected[name].shape)
+    problems += [f"{name} is unexpected" for name in stored if name not in known]
+    for name in known.keys() & stored.keys():
+        tensor, shape = stored[name], tuple(known[name].shape)
         if tuple(tensor.shape) != shape:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, this model needs {shape}")
-        elif tensor.is_floating_point() != expected[name].is_floating_point():
-            problems.append(f"{name} has dtype {tensor.dtype}, this model needs {expected[name].dtype}")
+        elif tensor.is_floating_point() != known[name].is_floating_point():
+            problems.append(f"{name} has dtype {tensor.dtype}, this model needs {known[name].dtype}")
         elif not torch.isfinite(tensor).all():
             problems.append(f"{name} has NaN or infinite entries")
     if problems:
@@ -42,7 +46,7 @@ def check_tensors(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
         )
 
 
-def check_folder(folder: Path, expected: Mapping[str, Tensor]) -> None:
+def check_folder(folder: Path, expected: Mapping[str, Tensor], allowed: Mapping[str, Tensor]) -> None:
     """Check the stored weights of a local adapter folder against the tensors of the model, before it is changed.
 
     Raises:
@@ -55,7 +59,7 @@ def check_folder(folder: Path, expected: Mapping[str, Tensor]) -> None:
         stored = load_peft_weights(str(folder), device="cpu")  # safetensors, or a pickle of tensors only
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{path} is damaged and cannot be read ({error}); nothing was loaded.") from error
-    check_tensors(stored, expected, str(path))
+    check_tensors(stored, expected, allowed, str(path))
 
 
 def fingerprint(weight: Float[Tensor, "rows columns"]) -> list[float]:

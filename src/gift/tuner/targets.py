@@ -171,9 +171,7 @@ def _check_layer(model: nn.Module, name: str, parts: set[str | None]) -> None:
     """Raise ValueError unless the module called `name` is a linear layer whose output an adapter can change."""
     parent = model.get_submodule(name.rpartition(".")[0])
     layer = model.get_submodule(name)
-    if isinstance(layer, BaseTunerLayer):
-        _check_own_layer(name, layer)
-        layer = layer.get_base_layer()
+    layer = layer.get_base_layer() if isinstance(layer, GiftLinear) else layer
     if not isinstance(layer, (nn.Linear, Conv1D)):
         raise ValueError(
             f"target_modules selects {name}, a {type(layer).__name__}: GIFT adapts linear layers (nn.Linear, "
@@ -187,14 +185,6 @@ def _check_layer(model: nn.Module, name: str, parts: set[str | None]) -> None:
             "do nothing. Choose other layers, for example the final projection of the attention."
         )
     _check_parts(name, layer, parts)
-
-
-def _check_own_layer(name: str, layer: BaseTunerLayer) -> None:
-    if not isinstance(layer, GiftLinear):
-        raise ValueError(
-            f"{name} already carries an adapter of another method ({type(layer).__module__}.{type(layer).__name__}): "
-            "GIFT cannot be mixed with it on one layer. Unload that adapter first."
-        )
 
 
 def _check_parts(name: str, layer: nn.Linear | Conv1D, parts: set[str | None]) -> None:
