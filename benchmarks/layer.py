@@ -32,7 +32,6 @@ WARM_UP_ROUNDS = 3
 FROZEN, LORA = "frozen", "lora r=8"
 TARGETS = r"layers\.\d+"  # a regular expression for whole names
 MAX_EVALUATION_TO_FROZEN = 1.05
-SWEEP_OPERATIONS = 2e7  # a measurement of the sweep repeats its step until it does about this many multiplications
 EXAMPLE = "example: python benchmarks/layer.py --rounds 21 --sweep --out results/layer.json"
 
 
@@ -45,9 +44,10 @@ class Sizes:
     sweep_tokens: tuple[int, ...] = (16, 64, 197, 394, 768, 1576, 3152, 6304)
     sweep_features: tuple[int, ...] = (192, 384, 768)
     sweep_ranks: tuple[int, ...] = (8, 16, 32)
+    sweep_products: float = 1e8  # multiplications of one measurement, which repeats small steps
 
 
-TINY = Sizes(layers=2, width=32, batch=2, tokens=5, sweep_tokens=(16, 64), sweep_features=(32,), sweep_ranks=(8,))
+TINY = Sizes(2, 32, 2, 5, sweep_tokens=(16, 64), sweep_features=(32,), sweep_ranks=(8,), sweep_products=1e6)
 
 
 @dataclass(frozen=True)
@@ -275,15 +275,15 @@ def print_comparison(results: dict[str, Any], targets: Iterable[dict[str, Any]])
 # ---- when is dense faster? -------------------------------------------------------------------------------------------
 
 
-def product_seconds(tokens: int, features: int, rank: int, dense: bool) -> Callable[[], float]:
-    """Return a measurement of one layer's forward and backward pass."""
+def product_seconds(tokens: int, features: int, rank: int, dense: bool, products: float) -> Callable[[], float]:
+    """Return a measurement of one layer's forward and backward pass, repeated for about that many multiplications."""
     torch.manual_seed(2)
     weight, bias = torch.randn(features, features), torch.randn(features)
     x = torch.randn(tokens, features, requires_grad=True)
     left = torch.randn(features, rank, requires_grad=True)
     right = torch.randn(rank, features, requires_grad=True)
     gradient = torch.randn(tokens, features)
-    repeats = math.ceil(SWEEP_OPERATIONS / (2 * tokens * features**2))
+    repeats = math.ceil(products / (2 * tokens * features**2))
 
     def measure() -> float:
         start = time.perf_counter()
@@ -301,8 +301,8 @@ def sweep(sizes: Sizes, rounds: int) -> list[dict[str, Any]]:
     for features in sizes.sweep_features:
         for rank in sizes.sweep_ranks:
             for tokens in sizes.sweep_tokens:
-                ways = {way: product_seconds(tokens, features, rank, way == "dense") for way in ("factored", "dense")}
-                seconds = interleave(ways, rounds)
+                measure = partial(product_seconds, tokens, features, rank, products=sizes.sweep_products)
+                seconds = interleave({"factored": measure(dense=False), "dense": measure(dense=True)}, rounds)
                 dense_to_factored = ratio(seconds["dense"], seconds["factored"])
                 point = {"tokens": tokens, "features": features, "rank": rank}
                 medians = {f"{way}_s": statistics.median(values) for way, values in seconds.items()}

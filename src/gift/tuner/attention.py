@@ -106,8 +106,8 @@ class ClusterAttention(nn.Module):
     ) -> tuple[Float[Tensor, "batch tokens channels"], Float[Tensor, "batch tokens clusters"]]:
         """Return the attended tokens (without residual connection) and the assignment they were made with."""
         assignment = self.assign(tokens)
-        weight = assignment / tokens.shape[1] if self.assignment == "sigmoid" else assignment
-        clusters = self.norm(weight.transpose(1, 2) @ tokens)
+        clusters = assignment.transpose(1, 2) @ tokens
+        clusters = self.norm(clusters / tokens.shape[1] if self.assignment == "sigmoid" else clusters)
         attended = functional.scaled_dot_product_attention(
             split_heads(self.query(tokens), self.heads),
             split_heads(self.key(clusters), self.heads),

@@ -109,7 +109,8 @@ class GiftConfig(GeneratorOptions, PeftConfig):
             raise ValueError(f"{folder} holds an adapter of type {config.peft_type}, not of GIFT.")
         if (folder / "adapter_config.json").is_file():
             stored = json.loads((folder / "adapter_config.json").read_text())
-            missing = sorted({option.name for option in fields(cls)} - set(stored))
+            own = {option.name for option in fields(cls)} - {option.name for option in fields(PeftConfig)}
+            missing = sorted(own - set(stored))
             if missing:
                 raise ValueError(f"{folder / 'adapter_config.json'} is damaged: it lacks {', '.join(missing)}.")
             config._folder = folder

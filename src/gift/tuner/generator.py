@@ -240,7 +240,7 @@ class WeightGenerator(nn.Module):
         """Return the factors of the residuals of all `weights` and the assignments of their rows.
 
         Each weight is reduced by itself and only the small tokens are stacked: no weight is ever copied. Layers of
-        equal output width pass through the blocks as one batch. Blocks are computed again in the backward pass, which
+        equal output width pass through the blocks as one batch. All of it is computed again in the backward pass, which
         costs little beside the layers and keeps no (layers, out_features, clusters) tensors (torch.compile decides
         about that itself).
 

@@ -47,7 +47,9 @@ class _Factored(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, left, right)
-        return functional.linear(x, weight, bias).addmm_(x @ right.T, left.T)
+        output = functional.linear(x, weight, bias)
+        output.view(-1, output.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ right.T, left.T)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,11 +73,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of y = x (W + left right)^T with respect to x, left and right; x right^T is made anew, not kept."""
     x, weight, left, right = ctx.saved_tensors
     x_needed, _, bias_needed, left_needed, right_needed = ctx.needs_input_grad
-    reduced = gradient @ left  # [tokens, rank]
-    grad_x = torch.addmm(gradient @ weight, reduced, right) if x_needed else None
-    grad_bias = gradient.sum(0) if bias_needed else None
-    grad_left = gradient.T @ (x @ right.T) if left_needed else None
-    grad_right = reduced.T @ x if right_needed else None
+    flat_x, flat_gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    reduced = flat_gradient @ left  # [tokens, rank]
+    grad_x = (flat_gradient @ weight).addmm_(reduced, right).view(x.shape) if x_needed else None
+    grad_bias = flat_gradient.sum(0) if bias_needed else None
+    grad_left = flat_gradient.T @ (flat_x @ right.T) if left_needed else None
+    grad_right = reduced.T @ flat_x if right_needed else None
     return grad_x, None, grad_bias, grad_left, grad_right
 
 
@@ -97,9 +100,8 @@ def adapted_linear(
         right: Right factor of the residual, in the dtype of `weight`.
         dense: Whether to add the residual to the weight first; otherwise the products stay skinny.
     """
-    flat = x.reshape(-1, x.shape[-1])
     product = _Dense if dense else _Factored
-    return product.apply(flat, weight, bias, left, right).view(*x.shape[:-1], weight.shape[0])  # type: ignore[union-attr]
+    return product.apply(x, weight, bias, left, right)  # type: ignore[return-value]
 
 
 def dense_is_faster(tokens: int, out_features: int) -> bool:
