@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from layer import Estimate, environment, estimate, interleave, ratio, write_json
+from interleaved import Estimate, environment, estimate, interleave, ratio, write_json
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional

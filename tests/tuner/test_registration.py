@@ -56,8 +56,8 @@ def test_registering_again_changes_nothing():
         (
             BaseTuner,
             "_pre_injection_hook inject_adapter _prepare_adapter_config _check_target_module_exists "
-            "_create_and_replace _replace_module set_adapter _enable_adapter_layers set_requires_grad delete_adapter _cast_adapter_dtype "
-            "_unload_and_optionally_merge _get_adapter_state_dict _remove_adapter_name_from_key "
+            "_create_and_replace _replace_module delete_adapter _cast_adapter_dtype _unload_and_optionally_merge "
+            "_get_adapter_state_dict _remove_adapter_name_from_key "
             "_remap_adapter_state_dict_for_load uses_shared_state",
         ),
         (

@@ -203,6 +203,32 @@ def test_generating_text_calls_the_generator_once_for_all_tokens(calls):
     assert calls == [2]
 
 
+@torch.no_grad()
+def test_a_layer_called_before_the_whole_model_does_not_vouch_for_the_others():
+    model, images = make_adapted_vit(), make_images()
+    inner = model.base_model.model
+    model(images)
+    inner.blocks[1].attn.proj.base_layer.weight.data.mul_(2)
+    with model.base_model.gift_source.pin():
+        inner.blocks[0](torch.randn(1, 17, 32))
+        after = inner(images)
+    assert torch.equal(copy.deepcopy(model)(images), after)
+
+
+def test_switching_the_mode_between_forward_and_backward_does_not_disturb_checkpointing():
+    model, images = make_adapted_vit().double(), make_images().double()
+    expected = gradients(model, images)
+    for block in model.base_model.model.blocks:
+        block.forward = lambda x, f=block.forward: checkpoint(f, x, use_reentrant=False)
+    model.zero_grad()
+    loss = model(images).square().sum()
+    model.train().eval()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert (parameter.grad - expected[name]).abs().max() < 1e-10, name
+
+
 def test_kept_factors_are_freed_when_training_goes_on():
     model, images = make_adapted_vit(), make_images()
     with torch.no_grad():

@@ -62,7 +62,7 @@ class FactorSource:
         self._kept: dict[str, _Kept] = {}
         self._kept_parameters: list[Tensor] = []
         self._is_pinned = False
-        self._is_verified = False
+        self._verified: set[str] = set()  # layers whose kept factors were compared since they were pinned
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what belongs to a forward pass."""
@@ -75,7 +75,8 @@ class FactorSource:
 
     def drop(self) -> None:
         """Forget every kept factor; the next forward generates anew."""
-        self._forget()
+        self._kept.clear()
+        self._kept_parameters.clear()
 
     def move_generators(self, adapter: str, device: torch.device) -> None:
         """Bring the generators of an adapter to a device."""
@@ -129,16 +130,16 @@ class FactorSource:
 
     def _reuse(self, layers: Sequence[GiftLinear]) -> dict[str, LayerFactors]:
         """Return kept factors where nothing they depend on changed, and generate and keep the others."""
-        trusted = self._is_pinned and self._is_verified
+        trusted = self._verified if self._is_pinned else set()
         if not trusted and not self._same_parameters():
             self._kept.clear()
             self._kept_parameters = [parameter.detach().clone() for parameter in self.generators.parameters()]
-        stale = [layer for layer in layers if not self._is_kept(layer, trusted)]
+        stale = [layer for layer in layers if not self._is_kept(layer, layer.gift_name in trusted)]
         for name, factors in self.generate(stale).items() if stale else ():
             layer = self.layers[name]
             factors.reusable = True
             self._kept[name] = _Kept(factors, _adapters_of(layer), _probe(layer))
-        self._is_verified = True
+        self._verified.update(layer.gift_name for layer in layers)
         return {layer.gift_name: self._kept[layer.gift_name].factors for layer in layers}
 
     def _same_parameters(self) -> bool:
@@ -162,11 +163,13 @@ class FactorSource:
     @contextmanager
     def pin(self) -> Iterator[None]:
         """Compare what kept factors depend on once, at the first forward inside, e.g. for all steps of `generate`."""
-        outer, self._is_pinned, self._is_verified = self._is_pinned, True, False
+        outer, self._is_pinned = self._is_pinned, True
+        self._verified.clear()
         try:
             yield
         finally:
-            self._is_pinned, self._is_verified = outer, False
+            self._is_pinned = outer
+            self._verified.clear()
 
     # ---- the scope of one forward pass ---------------------------------------------------------------------------
 
