@@ -22,6 +22,12 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("layer")
 
 
+@pytest.fixture
+def interleaved(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("interleaved")
+
+
 def run(script: str, *arguments: str) -> str:
     command = [sys.executable, "-W", "error", BENCHMARKS / script, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -117,28 +123,28 @@ def test_step_compares_all_methods_with_the_frozen_bound(tmp_path: Path) -> None
     assert results["options"]["dtype"] == "bfloat16"
 
 
-def test_the_interval_of_a_median_lies_between_two_of_the_values(layer: ModuleType) -> None:
+def test_the_interval_of_a_median_lies_between_two_of_the_values(interleaved: ModuleType) -> None:
     values = [float(number) for number in range(1, 22)]
     # 21 throws of a fair coin fall heads less than 6 times in 1.3 % of cases, less than 7 times in 3.9 %.
-    assert layer.estimate(values[::-1]) == (11.0, 6.0, 16.0)
-    assert layer.estimate([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
-    assert layer.estimate([5.0]) == (5.0, 5.0, 5.0)
+    assert interleaved.estimate(values[::-1]) == (11.0, 6.0, 16.0)
+    assert interleaved.estimate([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert interleaved.estimate([5.0]) == (5.0, 5.0, 5.0)
 
 
-def test_a_ratio_is_taken_round_by_round(layer: ModuleType) -> None:
+def test_a_ratio_is_taken_round_by_round(interleaved: ModuleType) -> None:
     slow_rounds, reference = [2.0, 20.0, 200.0], [1.0, 10.0, 100.0]
-    assert layer.ratio(slow_rounds, reference) == (2.0, 2.0, 2.0)
+    assert interleaved.ratio(slow_rounds, reference) == (2.0, 2.0, 2.0)
 
 
-def test_every_round_takes_every_measurement_once_in_a_changing_order(layer: ModuleType) -> None:
+def test_every_round_takes_every_measurement_once_in_a_changing_order(interleaved: ModuleType) -> None:
     calls: list[str] = []
     measurements = {name: lambda name=name: float(calls.append(name) or len(calls)) for name in "abc"}
-    values = layer.interleave(measurements, rounds=5)
+    values = interleaved.interleave(measurements, rounds=5)
     rounds = [tuple(calls[start : start + 3]) for start in range(0, len(calls), 3)]
-    assert len(rounds) == layer.WARM_UP_ROUNDS + 5
+    assert len(rounds) == interleaved.WARM_UP_ROUNDS + 5
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len(set(rounds)) > 1
-    assert all(len(of_one) == 5 and min(of_one) > 3 * layer.WARM_UP_ROUNDS for of_one in values.values())
+    assert all(len(of_one) == 5 and min(of_one) > 3 * interleaved.WARM_UP_ROUNDS for of_one in values.values())
 
 
 def test_dense_must_win_at_all_larger_sizes(layer: ModuleType) -> None:
