@@ -1,0 +1,1 @@
+"""Images to fine-tune and to explain with."""
