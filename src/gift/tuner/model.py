@@ -310,7 +310,7 @@ def _make_generators(
     weights = {target: _weight_of(model, target) for target in targets}
     groups: dict[str, list[Target]] = {}
     for target, weight in weights.items():
-        groups.setdefault(_group_name(config, options.binds_tokens, target, weight), []).append(target)
+        groups.setdefault(group_name(config, options.binds_tokens, target, weight), []).append(target)
     generators = nn.ModuleDict()
     for group, members in groups.items():
         first = weights[members[0]]
@@ -329,7 +329,7 @@ def _weight_of(model: nn.Module, target: Target) -> Tensor:
     return view.frozen_weight(target.part)
 
 
-def _group_name(config: GiftConfig, binds_tokens: bool, target: Target, weight: Tensor) -> str:
+def group_name(config: GiftConfig, binds_tokens: bool, target: Target, weight: Tensor) -> str:
     """Return which targets share a generator: `all-768`, or with the rows where a generator binds them."""
     label = {"all": "all", "kind": target.kind, "layer": str(target)}[config.share].replace(".", ":")
     rows, columns = weight.shape
