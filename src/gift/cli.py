@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli
 
@@ -23,7 +24,7 @@ def convert(checkpoint: Path, out: Path) -> None:
     print("What the file said of its model and training is in original.json there.")
 
 
-COMMANDS = {"convert": convert}
+COMMANDS: dict[str, Any] = {"convert": convert}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
@@ -91,6 +92,13 @@ def test_loading_onto_other_weights_warns_with_the_relative_deviation(tmp_path):
         PeftModel.from_pretrained(other, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:This adapter was saved with other frozen weights")
+def test_loading_for_other_layers_than_it_was_saved_for_warns(tmp_path):
+    make_adapted_vit().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="saved for other layers; .*blocks.2.attn.proj"):
+        PeftModel.from_pretrained(make_vit(depth=3), tmp_path)
+
+
 def test_loading_onto_the_same_weights_in_half_precision_does_not_warn(tmp_path):
     make_adapted_vit().save_pretrained(tmp_path)
     PeftModel.from_pretrained(make_vit().to(torch.bfloat16), tmp_path)
@@ -106,11 +114,31 @@ def test_fingerprints_estimate_the_deviation_of_weights():
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.15)
 
 
+def test_a_stored_configuration_can_be_used_for_a_new_adapter(tmp_path):
+    make_adapted_vit().save_pretrained(tmp_path)
+    config = GiftConfig.from_pretrained(tmp_path)
+    model = get_peft_model(make_vit(num_classes=9), config)
+    assert (config.r, config.num_clusters) == (4, 6)
+    assert model.eval()(make_images()).shape == (2, 9)
+
+
+@pytest.mark.parametrize("wrong", ['"x"', "[1]", '{"a": 5}', '{"a": [null]}', '{"a": [NaN]}'])
+def test_a_damaged_fingerprint_is_refused_before_the_model_is_touched(tmp_path, wrong):
+    make_adapted_vit().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"fingerprint": json.loads(wrong)}))
+    backbone = make_vit()
+    with pytest.raises((ValueError, TypeCheckError), match="fingerprint"):
+        PeftModel.from_pretrained(backbone, tmp_path)
+    assert type(backbone.blocks[0].attn.proj) is torch.nn.Linear
+
+
 def test_a_backbone_of_another_width_is_refused_and_stays_as_it_was(tmp_path):
     make_adapted_vit().save_pretrained(tmp_path)
     other = make_vit(embed_dim=64)
     before = {name: type(module) for name, module in other.named_modules()}
-    with pytest.raises(ValueError, match="does not fit this model and configuration; nothing was loaded"):
+    with pytest.raises(ValueError, match="does not fit this model and configuration; no tensor was loaded"):
         PeftModel.from_pretrained(other, tmp_path)
     assert {name: type(module) for name, module in other.named_modules()} == before
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gift import GiftConfig
+from gift import GiftConfig, GiftLinear
 from gift.tuner.generator import WeightGenerator
+from gift.tuner.scope import FactorSource, _probe
 from tests.models import make_adapted_vit, make_images, make_vit, perturb
 
 
@@ -61,6 +63,18 @@ def test_every_write_to_a_generator_changes_the_output_also_through_data():
         before = model(images)
         parameter.data.mul_(1.5).add_(0.1)
         assert not torch.equal(model(images), before), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_write_to_any_single_entry_of_a_frozen_weight_is_noticed(dtype):
+    layer = GiftLinear(nn.Linear(768, 4).to(dtype), "layer", FactorSource(nn.ModuleDict()))
+    before = _probe(layer)
+    for column in range(768):
+        entry = layer.weight[column % 4, column].item()
+        layer.weight.data[column % 4, column] = entry + max(abs(entry), 1e-3) / 16
+        assert not torch.equal(_probe(layer), before), column
+        layer.weight.data[column % 4, column] = entry
 
 
 @torch.no_grad()
@@ -134,10 +148,11 @@ def test_submodules_called_directly_give_the_same_output_and_gradients():
             assert torch.allclose(parameter.grad, expected[name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("generator", ["paca", "linear"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_gradients_with_checkpointing_are_those_without(use_reentrant):
-    model, images = make_adapted_vit().double(), make_images().double().requires_grad_()
+def test_gradients_with_checkpointing_are_those_without(use_reentrant, generator):
+    model, images = make_adapted_vit(generator=generator).double(), make_images().double().requires_grad_()
     expected = gradients(model, images)
     for block in model.base_model.model.blocks:
         forward = block.forward
@@ -172,13 +187,79 @@ def test_the_first_forward_raises_if_an_adapted_layer_is_never_called():
         model(torch.randn(1, 4))
 
 
+def test_layers_that_are_called_in_training_but_read_directly_in_evaluation_raise_there():
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    stack = nn.TransformerEncoder(encoder, 1)
+    model = get_peft_model(nn.Sequential(stack), GiftConfig(target_modules=["linear1"], r=2, modules_to_save=[]))
+    x = torch.randn(2, 5, 16)
+    model.train()(x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"did not call these adapted layers: 0\.layers"):
+        model.eval()(x)
+
+
+def test_a_frozen_adapter_is_not_generated_again_although_gradients_are_enabled(calls):
+    model, images = make_adapted_vit(), make_images().requires_grad_()
+    expected = torch.autograd.grad(model(images).square().sum(), images)[0]
+    calls.clear()
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        model(images)
+    for _ in range(3):
+        got = torch.autograd.grad(model(images).square().sum(), images)[0]
+        assert torch.allclose(got, expected, atol=1e-4)
+    assert calls == [2]
+
+
 def test_a_forward_that_raises_leaves_nothing_behind():
     model, images = make_adapted_vit(), make_images()
     expected = model(images)
     with pytest.raises(AssertionError, match="Input"):
         model(torch.randn(1, 3, 8, 8))
-    assert model.base_model.gift_source._scope is None
+    assert not model.base_model.gift_source._scopes
     assert torch.equal(model(images), expected)
+
+
+@torch.no_grad()
+def test_a_forward_that_is_interrupted_from_the_keyboard_leaves_no_factors_behind():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model, images = make_adapted_vit(), make_images()
+    handle = model.base_model.model.blocks[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(images)
+    handle.remove()
+    perturb(model, seed=11)
+    inner = model.base_model.model
+    assert torch.equal(inner.forward_head(inner.forward_features(images)), copy.deepcopy(model)(images))
+
+
+def test_an_evaluation_in_another_thread_does_not_take_the_gradients_of_a_training_forward():
+    model, images = make_adapted_vit().double(), make_images().double()
+    expected = gradients(model, images)
+
+    def evaluate_elsewhere(*_):
+        with torch.no_grad():
+            thread = threading.Thread(target=model.base_model.model, args=(images,))
+            thread.start()
+            thread.join()
+
+    handle = model.base_model.model.blocks[0].register_forward_pre_hook(
+        lambda *_: evaluate_elsewhere() if threading.current_thread() is threading.main_thread() else None
+    )
+    got = gradients(model, images)
+    handle.remove()
+    assert got.keys() == expected.keys()
+    assert max((got[name] - expected[name]).abs().max() for name in got) < 1e-10
+
+
+@pytest.mark.parametrize("options", [{}, {"recover_bias": True}])
+def test_a_step_between_forward_and_backward_raises_instead_of_giving_wrong_gradients(options):
+    model, images = make_adapted_vit(**options), make_images()
+    loss = model(images).sum()
+    perturb(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -223,6 +304,21 @@ def test_switching_the_mode_between_forward_and_backward_does_not_disturb_checkp
     model.zero_grad()
     loss = model(images).square().sum()
     model.train().eval()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert (parameter.grad - expected[name]).abs().max() < 1e-10, name
+
+
+def test_reading_features_without_gradients_before_the_backward_pass_does_not_disturb_checkpointing():
+    model, images = make_adapted_vit(generator="linear").double(), make_images().double()
+    expected = gradients(model, images)
+    for block in model.base_model.model.blocks:
+        block.forward = lambda x, f=block.forward: checkpoint(f, x, use_reentrant=False)
+    model.zero_grad()
+    loss = model(images).square().sum()
+    with torch.no_grad():
+        model.base_model.model.forward_features(images)
     loss.backward()
     for name, parameter in model.named_parameters():
         if name in expected:

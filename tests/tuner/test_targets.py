@@ -35,6 +35,7 @@ def test_an_empty_list_trains_no_head():
     [
         ({"layers_to_transform": [1]}, {"all-32": ["blocks.1.attn.proj"]}),
         ({"target_modules": r".*attn\.proj"}, {"all-32": ["blocks.0.attn.proj", "blocks.1.attn.proj"]}),
+        ({"target_modules": "blocks.1.attn.qkv[k]"}, {"all-32": ["blocks.1.attn.qkv[k]"]}),
         ({"exclude_modules": ["blocks.0.attn.proj"]}, {"all-32": ["blocks.1.attn.proj"]}),
         (
             {"target_modules": ["mlp.fc1", "mlp.fc2"], "layers_to_transform": 0},
@@ -68,6 +69,12 @@ def test_all_linear_adapts_every_linear_layer_but_the_head():
     names = [name for members in targets(model).values() for name in members]
     assert len(names) == 2 * 4
     assert not [name for name in names if "head" in name]
+
+
+def test_a_head_can_be_a_target_itself():
+    model = adapt(target_modules=["attn.proj", "head"])
+    assert "head" in targets(model)["all-32"]
+    assert model.peft_config["default"].modules_to_save == []
 
 
 def test_many_named_parts_stay_exactly_those_that_were_named():

@@ -1,7 +1,9 @@
 """Every option of GIFT, its default and its check."""
 
 import json
+import math
 import os
+import re
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,8 @@ class GiftConfig(GeneratorOptions, PeftConfig):
         PeftConfig.__post_init__(self)
         GeneratorOptions.__post_init__(self)
         self.peft_type = PeftType("GIFT")
-        self._folder: Path | None = None
+        self._folder: Path | None = None  # where it was read from
+        self._is_loading = False  # whether PEFT is about to load the weights beside it
         if rank_pattern or alpha_pattern:
             raise ValueError(
                 "rank_pattern and alpha_pattern are not supported: all layers that share a generator have its rank. "
@@ -76,12 +79,27 @@ class GiftConfig(GeneratorOptions, PeftConfig):
         check_choice("apply", self.apply, APPLICATIONS)
         check_choice("generator_dtype", self.generator_dtype, GENERATOR_DTYPES)
         check_number("scaling", self.scaling)
+        _check_fingerprint(self.fingerprint)
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}.")
         self.target_modules = _as_names("target_modules", self.target_modules)  # type: ignore[assignment]
         self.exclude_modules = _as_names("exclude_modules", self.exclude_modules)  # type: ignore[assignment]
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules as a list of names, not a regular expression.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is only used together with layers_to_transform: give that too.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Notice that PEFT sets `inference_mode` afterwards exactly when it is about to load an adapter."""
+        super().__setattr__(name, value)
+        if name == "inference_mode" and self.__dict__.get("_folder") is not None:
+            self._is_loading = True
+
+    def folder_being_loaded(self) -> Path | None:
+        """Return the local folder whose weights PEFT is about to load, once; None when an adapter is made anew."""
+        folder = self._folder if self._is_loading else None
+        self._folder, self._is_loading = None, False
+        return folder
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -119,8 +137,20 @@ class GiftConfig(GeneratorOptions, PeftConfig):
 
 def _as_names(option: str, names: Any) -> set[str] | str | None:
     """Return a list of names as a set, as PEFT keeps them; a string or None stays."""
+    if isinstance(names, str) and re.fullmatch(r"[\w.]+\[[qkv]\]", names):
+        return {names}  # a part of a fused layer, not a regular expression
     if names is None or isinstance(names, str):
         return names
     if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{option} must be a list of names or one string, got {names!r}.")
     return set(names)
+
+
+def _check_fingerprint(fingerprint: Any) -> None:
+    """Raise ValueError unless this is None or what `gift.tuner.saving.fingerprint` gives, by target."""
+    if fingerprint is None:
+        return
+    whole = isinstance(fingerprint, dict) and all(isinstance(numbers, list) for numbers in fingerprint.values())
+    numbers = [number for of_one in fingerprint.values() for number in of_one] if whole else [None]
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+        raise ValueError(f"fingerprint must be lists of finite numbers by target, got {str(fingerprint)[:60]}.")

@@ -12,6 +12,7 @@ Source: GIFT (arXiv 2312.00700), first version for the blocks, later versions fo
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -171,7 +172,6 @@ class WeightGenerator(nn.Module):
     def __init__(self, in_features: int, out_features: int, options: GeneratorOptions) -> None:
         super().__init__()
         self.options = options
-        self.sincos: Tensor
         self.bound_tokens = out_features if options.binds_tokens else None
         self.reduce = nn.Linear(in_features, options.r, bias=options.reduce_bias)
         with torch.no_grad():
@@ -190,8 +190,6 @@ class WeightGenerator(nn.Module):
     def _make_position(self, out_features: int) -> nn.Parameter | None:
         """Return the gain of the sin-cos table, or the learned table, which starts at zero."""
         if self.options.position == "sincos":
-            table = sincos_table(out_features, self.options.r).to(self.reduce.weight.dtype)
-            self.register_buffer("sincos", table, persistent=False)
             return nn.Parameter(torch.zeros(1))
         if self.options.position == "learned":
             return nn.Parameter(torch.zeros(out_features, self.options.r))
@@ -214,9 +212,8 @@ class WeightGenerator(nn.Module):
     def _positions(self, tokens: int) -> Tensor | None:
         if self.position is None or self.options.position == "learned":
             return self.position
-        if self.sincos.shape[0] != tokens:  # a layer of another output width than the one this was made for
-            return self.position * sincos_table(tokens, self.options.r).to(self.position)
-        return self.position * self.sincos
+        table = sincos_table if torch.compiler.is_compiling() else _kept_sincos_table
+        return self.position * table(tokens, self.options.r).to(self.position)
 
     def _tokens_to_left(
         self, tokens: Float[Tensor, "layers out_features rank"]
@@ -251,7 +248,20 @@ class WeightGenerator(nn.Module):
             ValueError: If the generator is bound to another number of rows.
         """
         if torch.is_grad_enabled() and self.blocks and not torch.compiler.is_compiling():
-            return checkpoint(self._generate, tuple(weights), use_reentrant=False, preserve_rng_state=False)
+            options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(self._generate_unchanged, self._versions(), tuple(weights), **options)
+        return self._generate(weights)
+
+    def _versions(self) -> list[int]:
+        return [parameter._version for parameter in self.parameters()]
+
+    def _generate_unchanged(self, versions: list[int], weights: Sequence[Float[Tensor, "_ in_features"]]) -> Factors:
+        """Generate, and raise in the recomputation, as autograd would, if parameters were changed since the forward."""
+        if versions != self._versions():
+            raise RuntimeError(
+                "A parameter of the generator was modified by an inplace operation between forward and backward, "
+                "so the gradients would be wrong. Call backward() before optimizer.step()."
+            )
         return self._generate(weights)
 
     def _generate(self, weights: Sequence[Float[Tensor, "_ in_features"]]) -> Factors:
@@ -315,3 +325,6 @@ def sincos_table(tokens: int, channels: int) -> Float[Tensor, "{tokens} {channel
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(tokens, dtype=torch.float64)[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :channels]
+
+
+_kept_sincos_table = lru_cache(maxsize=32)(sincos_table)

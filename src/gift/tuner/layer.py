@@ -139,7 +139,7 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         if args or kwargs or not self._is_plain(x):
             return self.base_layer(x, *args, **kwargs) + functional.linear(functional.linear(x, right), left)
         weight = self.weight.T if self.is_transposed else self.weight
-        if self._may_be_dense(adapters) and factors.reusable:
+        if self._may_be_dense(adapters) and factors.reusable and not torch.is_grad_enabled():
             return functional.linear(x, self._dense_weight(factors, weight), self.bias)
         dense = self._may_be_dense(adapters) and self._is_dense(adapters, x.numel() // x.shape[-1])
         return adapted_linear(x, weight, self.bias, left, right, dense)
@@ -174,7 +174,8 @@ class GiftLinear(nn.Module, BaseTunerLayer):
     def _dense_weight(self, factors: LayerFactors, weight: Tensor) -> Tensor:
         """Return W + dW, formed once for factors that are kept."""
         if factors.dense is None:
-            factors.dense = _add_residual(weight.detach(), factors)
+            with torch.inference_mode(False), torch.no_grad():
+                factors.dense = _add_residual(weight.detach(), factors)
         return factors.dense
 
     # ---- merging -------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ class GiftLinear(nn.Module, BaseTunerLayer):
             adapter_names: Adapters to merge; by default the active ones.
 
         Raises:
-            ValueError: With `safe_merge`, if the merged weight would not be finite; nothing is changed.
+            ValueError: With `safe_merge`, if the merged weight would not be finite; this layer stays as it was.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.gift_parts]
         if not new:

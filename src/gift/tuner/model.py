@@ -72,14 +72,14 @@ class GiftModel(BaseTuner):
             raise ValueError("GIFT adapters cannot be injected from a state_dict: pass a GiftConfig instead.")
         config: GiftConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         targets = find_targets(model, config)
-        modules_to_save = find_modules_to_save(model, config)
+        modules_to_save = find_modules_to_save(model, config, targets)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             generators, groups = _make_generators(model, config, targets)
         stored = _stored_tensors(model, generators, modules_to_save)
         self._check_adapter_name(model, adapter_name, generators, stored)
-        if config._folder is not None:
-            check_folder(config._folder, stored, _embedding_tensors(model, "base_model.model."))
-            config._folder = None
+        folder = config.folder_being_loaded()
+        if folder is not None:
+            check_folder(folder, stored, _embedding_tensors(model, "base_model.model."))
         config.modules_to_save = modules_to_save or None  # PEFT wants None where there are none ...
         self._inject(model, adapter_name, targets, generators, groups)
         config.modules_to_save = modules_to_save  # ... and a stored [] says that none were looked up
@@ -156,6 +156,10 @@ class GiftModel(BaseTuner):
         parts = tuple(t.part for t in served if t.layer == current_key)
         target.add_adapter(adapter_name, parts, peft_config.scaling, peft_config.apply)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT also carries weight and device over, which fails for heads of several layers; both are in place here.
+        setattr(parent, child_name, new_module)
+
     def _add_hooks(self) -> None:
         if not self._gift_hooks:
             source = self.gift_source
@@ -177,7 +181,8 @@ class GiftModel(BaseTuner):
         """Refuse: a weighted sum of residuals is not the residual of one generator."""
         raise ValueError(
             "GIFT has no add_weighted_adapter: one generator cannot give a weighted sum of residuals. Activate several "
-            "adapters with base_model.set_adapter([...]) and weigh them with base_model.set_scale(name, scale)."
+            "adapters without heads (modules_to_save=[]) with base_model.set_adapter([...]) and weigh them with "
+            "base_model.set_scale(name, scale)."
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -214,6 +219,26 @@ class GiftModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         config: Any = self.peft_config[adapter_name]
         self.gift_generators[adapter_name].to(config.torch_dtype)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters (by default the active ones) into the weights of all layers, or after an error of none.
+
+        Args:
+            adapter_names: Adapters to merge.
+            safe_merge: Whether to refuse NaN and infinite results.
+
+        Raises:
+            ValueError: With `safe_merge`, if a merged weight would not be finite.
+        """
+        before = {layer: list(layer.merged_adapters) for layer in self.gift_source.layers.values()}
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except Exception:
+            for layer, names in before.items():
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    layer.merge(adapter_names=names)
+            raise
 
     def train(self, mode: bool = True) -> "GiftModel":
         """Set the mode, and forget factors that were kept in the other one."""

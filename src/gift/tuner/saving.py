@@ -40,10 +40,9 @@ def check_tensors(
         elif not torch.isfinite(tensor).all():
             problems.append(f"{name} has NaN or infinite entries")
     if problems:
-        raise ValueError(
-            f"{origin} does not fit this model and configuration; nothing was loaded: {'; '.join(sorted(problems)[:6])}"
-            f"{f' and {len(problems) - 6} more' if len(problems) > 6 else ''}."
-        )
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        listed = "; ".join(sorted(problems)[:6])
+        raise ValueError(f"{origin} does not fit this model and configuration; no tensor was loaded: {listed}{more}.")
 
 
 def check_folder(folder: Path, expected: Mapping[str, Tensor], allowed: Mapping[str, Tensor]) -> None:
@@ -95,6 +94,13 @@ def warn_about_other_weights(stored: Mapping[str, list[float]], current: Mapping
         stored: Fingerprint by target, from the adapter's configuration.
         current: Fingerprint by target of this model.
     """
+    if stored.keys() != current.keys():
+        other = sorted(stored.keys() ^ current.keys())
+        warnings.warn(
+            f"This adapter was saved for other layers; those of only one side are {other[:6]}. The backbone or the "
+            "targets in adapter_config.json are not those it was trained with.",
+            stacklevel=2,
+        )
     shared = [name for name in stored if name in current and len(stored[name]) == len(current[name])]
     if not shared:
         return

@@ -3,12 +3,13 @@
 A forward pass of the wrapped model opens a *scope*: all factors are generated at its start and every adapted layer
 takes its own. Outside a scope:
 
-- without gradients, factors are kept and reused after an exact comparison of everything they depend on;
+- without gradients, factors are kept and reused after a comparison of everything they depend on by value;
 - with gradients, a layer called by itself generates its own;
 - while the backward pass recomputes a checkpointed region, a layer takes what the scope gave it (non-reentrant
   checkpointing, which compares the saved tensors), or generates its own (reentrant, which builds a new graph).
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,14 @@ from gift.tuner.generator import Factors
 from gift.tuner.layer import PARTS, GiftLinear
 from gift.tuner.products import LayerFactors
 from gift.tuner.targets import Target
+
+
+@dataclass
+class _Scope:
+    """The factors of one forward pass, and whether gradients flow back through them."""
+
+    factors: dict[str, LayerFactors]
+    has_graph: bool
 
 
 @dataclass
@@ -51,18 +60,18 @@ class FactorSource:
     def __post_init__(self) -> None:
         """Start with nothing generated."""
         self._forget()
-        self._checked: set[str] = set()  # layers known to be called by the wrapped model's forward
+        # Layers known to be called by the wrapped model's forward, for every mode it can run in: with and without
+        # gradients, training and evaluating. torch's own Transformer layers read weights directly in one of them.
+        self._checked: dict[tuple[bool, bool], set[str]] = {}
 
     def _forget(self) -> None:
-        self._scope: dict[str, LayerFactors] | None = None
-        self._scope_has_graph = False
+        self._scopes: dict[int, _Scope] = {}  # by thread: another thread may run without gradients meanwhile
         self._from_scope: dict[str, LayerFactors] = {}  # of the last scope, for recomputation
         self._called: set[str] = set()  # layers called since the last scope opened
         self._reentrant: set[str] = set()  # layers called without gradients inside a scope with gradients
         self._kept: dict[str, _Kept] = {}
         self._kept_parameters: list[Tensor] = []
-        self._is_pinned = False
-        self._verified: set[str] = set()  # layers whose kept factors were compared since they were pinned
+        self._pinned: dict[int, set[str]] = {}  # by thread: layers whose factors were compared since they were pinned
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what belongs to a forward pass."""
@@ -122,25 +131,35 @@ class FactorSource:
         return {name: _sum(of_layer) for name, of_layer in pieces.items()}
 
     def _generate_or_reuse(self, layers: Sequence[GiftLinear]) -> dict[str, LayerFactors]:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._need_graph(layers):
             return self.generate(layers)
         return self._reuse(layers)
+
+    def _need_graph(self, layers: Sequence[GiftLinear]) -> bool:
+        """Return whether gradients are to flow into a generator."""
+        adapters = {adapter for layer in layers for adapter in layer.adapters_in_effect}
+        return torch.is_grad_enabled() and any(
+            parameter.requires_grad for adapter in adapters for parameter in self.generators[adapter].parameters()
+        )
 
     # ---- reusing without gradients -------------------------------------------------------------------------------
 
     def _reuse(self, layers: Sequence[GiftLinear]) -> dict[str, LayerFactors]:
         """Return kept factors where nothing they depend on changed, and generate and keep the others."""
-        trusted = self._verified if self._is_pinned else set()
+        trusted = self._pinned.get(_thread(), set())
         if not trusted and not self._same_parameters():
             self._kept.clear()
             self._kept_parameters = [parameter.detach().clone() for parameter in self.generators.parameters()]
-        stale = [layer for layer in layers if not self._is_kept(layer, layer.gift_name in trusted)]
-        for name, factors in self.generate(stale).items() if stale else ():
-            layer = self.layers[name]
-            factors.reusable = True
-            self._kept[name] = _Kept(factors, _adapters_of(layer), _probe(layer))
-        self._verified.update(layer.gift_name for layer in layers)
-        return {layer.gift_name: self._kept[layer.gift_name].factors for layer in layers}
+        names = [layer.gift_name for layer in layers]
+        kept = {name: self._kept.get(name) for name in names}
+        stale = [layer for layer in layers if not _is_valid(kept[layer.gift_name], layer, layer.gift_name in trusted)]
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may meet gradients of the input later
+            for name, factors in self.generate(stale).items() if stale else ():
+                factors.reusable = True
+                layer = self.layers[name]
+                kept[name] = self._kept[name] = _Kept(factors, _adapters_of(layer), _probe(layer))
+        trusted.update(names)
+        return {name: of_layer.factors for name, of_layer in kept.items() if of_layer is not None}
 
     def _same_parameters(self) -> bool:
         """Compare the generators' parameters by value: writes through `.data` leave no other trace."""
@@ -150,26 +169,18 @@ class FactorSource:
             for new, old in zip(current, self._kept_parameters, strict=True)
         )
 
-    def _is_kept(self, layer: GiftLinear, trusted: bool) -> bool:
-        kept = self._kept.get(layer.gift_name)
-        if kept is None or kept.adapters != _adapters_of(layer):
-            return False
-        if trusted:
-            return True
-        probe = _probe(layer)
-        same_place = (probe.dtype, probe.device) == (kept.probe.dtype, kept.probe.device)
-        return same_place and torch.equal(probe, kept.probe)
-
     @contextmanager
     def pin(self) -> Iterator[None]:
         """Compare what kept factors depend on once, at the first forward inside, e.g. for all steps of `generate`."""
-        outer, self._is_pinned = self._is_pinned, True
-        self._verified.clear()
+        thread, outer = _thread(), self._pinned.get(_thread())
+        self._pinned[thread] = set()
         try:
             yield
         finally:
-            self._is_pinned = outer
-            self._verified.clear()
+            self._scopes.pop(thread, None)  # torch calls no forward hook after a keyboard interrupt
+            self._pinned.pop(thread)
+            if outer is not None:
+                self._pinned[thread] = outer
 
     # ---- the scope of one forward pass ---------------------------------------------------------------------------
 
@@ -178,9 +189,10 @@ class FactorSource:
         layers = [layer for layer in self.layers.values() if layer.adapters_in_effect]
         if not layers:
             return
-        self._scope = self._generate_or_reuse(layers)
-        self._scope_has_graph = torch.is_grad_enabled()
-        if torch.is_grad_enabled() and self._kept:
+        has_graph = self._need_graph(layers)
+        self._scopes[_thread()] = _Scope(self._generate_or_reuse(layers), has_graph)
+        self._reentrant.clear()
+        if has_graph and self._kept and not torch.compiler.is_compiling():
             self._kept.clear()  # training goes on: free W + dW
 
     def close_scope(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -189,43 +201,63 @@ class FactorSource:
         Raises:
             RuntimeError: If the first forward pass did not call an adapted layer.
         """
-        scope, self._scope = self._scope, None
+        scope = self._scopes.pop(_thread(), None)
         if scope is None or torch.compiler.is_compiling():
             return
-        if self._scope_has_graph:
-            self._from_scope = {name: factors.detached() for name, factors in scope.items()}
+        if scope.has_graph:
+            self._from_scope = {name: factors.detached() for name, factors in scope.factors.items()}
         if output is not None:
-            self._check_called(scope)
+            self._check_called(set(scope.factors), (module.training, torch.is_grad_enabled()))
 
-    def _check_called(self, scope: dict[str, LayerFactors]) -> None:
-        uncalled = [name for name in scope if name not in self._checked and name not in self._called]
+    def _check_called(self, names: set[str], mode: tuple[bool, bool]) -> None:
+        checked = self._checked.setdefault(mode, set())
+        uncalled = sorted(names - checked - self._called)
         if uncalled:
             raise RuntimeError(
                 f"The forward pass did not call these adapted layers: {', '.join(uncalled[:8])}"
                 f"{', ...' if len(uncalled) > 8 else ''}. An adapter there does nothing; the model reads their weights "
                 "directly or skips them. Leave them out with exclude_modules or choose other target_modules."
             )
-        self._checked.update(scope)
+        checked.update(names)
         self._called.clear()
 
     def factors(self, layer: GiftLinear) -> LayerFactors:
         """Return the factors for one call of `layer`: of the open scope, kept ones, or made for this call."""
-        name = layer.gift_name
+        name, scope = layer.gift_name, self._scopes.get(_thread())
         if torch.compiler.is_compiling():
-            scope = self._scope
-            return scope[name] if scope is not None and name in scope else self.generate([layer])[name]
+            return self.generate([layer])[name] if scope is None else scope.factors[name]
         is_recomputing = torch._C._current_graph_task_id() != -1
-        if self._scope is not None and name in self._scope:
+        if scope is not None and name in scope.factors:
             self._called.add(name)
-            if self._scope_has_graph and not torch.is_grad_enabled():
+            if scope.has_graph and not torch.is_grad_enabled():
+                _refuse_reentrant_with_ddp()
                 self._reentrant.add(name)
-            return self._scope[name]
+            return scope.factors[name]
         if is_recomputing and name in self._from_scope and name not in self._reentrant:
             return self._from_scope[name]
         if not is_recomputing:
             self._called.add(name)
-            self._from_scope.pop(name, None)  # this call, not the last scope's, is what could be recomputed
+            if torch.is_grad_enabled():
+                self._from_scope.pop(name, None)  # this call, not the last scope's, is what could be recomputed
         return self._generate_or_reuse([layer])[name]
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _refuse_reentrant_with_ddp() -> None:
+    """Raise RuntimeError in a process group: DDP would reduce the generator's gradients before all are added."""
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise RuntimeError(
+            "An adapted layer was called without gradients inside a forward pass with gradients, as reentrant "
+            "checkpointing does. Its recomputation gives wrong gradients of the shared generator across processes. "
+            "Use non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
 
 
 def _left_by_layer(targets: list[Target], factors: Factors) -> dict[str, Tensor]:
@@ -249,12 +281,28 @@ def _sum(pieces: list[tuple[Tensor, Tensor]]) -> LayerFactors:
     return LayerFactors(torch.cat(lefts, dim=1), torch.cat(rights, dim=0))
 
 
+def _is_valid(kept: _Kept | None, layer: GiftLinear, trusted: bool) -> bool:
+    """Return whether kept factors still fit the layer; `trusted` ones are not compared with the frozen weight."""
+    if kept is None or kept.adapters != _adapters_of(layer):
+        return False
+    if trusted:
+        return True
+    probe = _probe(layer)
+    same_place = (probe.dtype, probe.device) == (kept.probe.dtype, kept.probe.device)
+    return same_place and torch.equal(probe, kept.probe)
+
+
 def _adapters_of(layer: GiftLinear) -> tuple[tuple[str, float | int], ...]:
     return tuple((adapter, layer.gift_scaling[adapter]) for adapter in layer.adapters_in_effect)
 
 
 def _probe(layer: GiftLinear) -> Tensor:
-    """Return one number per row of the frozen weight, which changes when the row does (also through `.data`)."""
+    """Return one number per row of the frozen weight, which changes when an entry does (also through `.data`).
+
+    Every entry counts with a factor between 0.5 and 2.5, in float32 at least: a change that the probe's rounding hides
+    is below the rounding of the layer's own product.
+    """
     weight = layer.frozen_weight()
-    phases = torch.arange(weight.shape[1], device=weight.device, dtype=torch.float32)
-    return weight @ (1.0 + (phases * 12.9898).sin()).to(weight.dtype)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    phases = torch.arange(weight.shape[1], device=weight.device, dtype=torch.float32) * 12.9898
+    return weight.to(dtype) @ (1.5 + phases.sin()).to(dtype)

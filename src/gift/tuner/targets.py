@@ -57,14 +57,16 @@ def find_targets(model: nn.Module, config: GiftConfig) -> list[Target]:
     return [Target(name, part) for name in modules if name in parts for part in _in_order(parts[name])]
 
 
-def find_modules_to_save(model: nn.Module, config: GiftConfig) -> list[str]:
-    """Return the modules to train beside the targets; by default the family's classification heads.
+def find_modules_to_save(model: nn.Module, config: GiftConfig, targets: list[Target]) -> list[str]:
+    """Return the modules to train beside the targets; by default the family's heads that are no targets themselves.
 
     Raises:
         ValueError: If a name matches no module.
     """
     if config.modules_to_save is None:
-        return classification_heads(model)
+        adapted = {target.layer for target in targets}
+        heads = classification_heads(model)
+        return [head for head in heads if not any(f"{name}.".startswith(f"{head}.") for name in adapted)]
     names = [name for name, _ in model.named_modules()]
     missing = [save for save in config.modules_to_save if not any(name.endswith(save) for name in names)]
     if missing and config.task_type is None:  # with a task type PEFT adds names of its own that need not all exist
