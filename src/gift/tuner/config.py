@@ -84,6 +84,9 @@ class GiftConfig(GeneratorOptions, PeftConfig):
             raise ValueError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}.")
         self.target_modules = _as_names("target_modules", self.target_modules)  # type: ignore[assignment]
         self.exclude_modules = _as_names("exclude_modules", self.exclude_modules)  # type: ignore[assignment]
+        indices = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
+        if not all(index is None or type(index) is int for index in indices):
+            raise ValueError(f"layers_to_transform must be whole numbers, got {self.layers_to_transform!r}.")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules as a list of names, not a regular expression.")
         if self.layers_pattern and self.layers_to_transform is None:
