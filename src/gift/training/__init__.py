@@ -1,0 +1,1 @@
+"""Training: one function on top of the Hugging Face Trainer."""
