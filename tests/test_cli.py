@@ -22,10 +22,14 @@ def test_a_damaged_checkpoint_is_one_line_on_stderr_and_exit_code_two(tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def help_of(*command):
+    printed = subprocess.run([GIFT, *command, "--help"], capture_output=True, text=True, check=True).stdout
+    return " ".join(printed.split())  # lines are broken where the terminal ends
+
+
 @pytest.mark.slow
 def test_help_shows_every_command_with_a_real_example():
-    overview = subprocess.run([GIFT, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "convert" in overview
-    helped = subprocess.run([GIFT, "convert", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "convert" in help_of()
+    helped = help_of("convert")
     assert "gift convert Flowers.pth.tar flowers" in helped
     assert "must not exist or be empty" in helped

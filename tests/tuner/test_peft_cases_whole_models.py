@@ -79,7 +79,12 @@ def test_the_backbones_state_dict_can_be_read_and_written_under_its_own_names(ki
 
 @pytest.fixture
 def process_group():
-    dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
+    except RuntimeError as error:
+        if "Unable to find interface" not in str(error):
+            raise
+        pytest.skip("gloo needs a loopback interface that is up, even for one process")
     yield
     dist.destroy_process_group()
 
