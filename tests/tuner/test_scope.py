@@ -162,6 +162,16 @@ def test_gradients_with_checkpointing_are_those_without(use_reentrant, generator
     assert max((got[name] - expected[name]).abs().max() for name in got) < 1e-10
 
 
+def test_reentrant_checkpointing_on_several_processes_raises_instead_of_giving_wrong_gradients(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model, images = make_adapted_vit(), make_images().requires_grad_()
+    for block in model.base_model.model.blocks:
+        block.forward = lambda x, f=block.forward: checkpoint(f, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="Use non-reentrant checkpointing"):
+        model(images)
+
+
 def test_two_forwards_before_one_backward_add_up():
     model, images, others = make_adapted_vit().double(), make_images().double(), make_images(seed=5).double()
     one, other = gradients(model, images), gradients(model, others)
