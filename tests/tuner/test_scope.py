@@ -2,7 +2,10 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -333,6 +336,15 @@ def test_reading_features_without_gradients_before_the_backward_pass_does_not_di
     for name, parameter in model.named_parameters():
         if name in expected:
             assert (parameter.grad - expected[name]).abs().max() < 1e-10, name
+
+
+@pytest.mark.slow
+def test_models_and_blocks_that_are_compiled_give_the_same_gradients():
+    # In a process of its own: the shape checks of this test suite break graphs.
+    script = Path(__file__).parents[1] / "compile_models.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("largest difference") == 4
 
 
 def test_kept_factors_are_freed_when_training_goes_on():

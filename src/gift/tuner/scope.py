@@ -207,10 +207,12 @@ class FactorSource:
         if scope.has_graph:
             self._from_scope = {name: factors.detached() for name, factors in scope.factors.items()}
         if output is not None:
-            self._check_called(set(scope.factors), (module.training, torch.is_grad_enabled()))
+            self._check_called(module, set(scope.factors))
 
-    def _check_called(self, names: set[str], mode: tuple[bool, bool]) -> None:
-        checked = self._checked.setdefault(mode, set())
+    def _check_called(self, model: nn.Module, names: set[str]) -> None:
+        checked = self._checked.setdefault((model.training, torch.is_grad_enabled()), set())
+        if names <= checked or _has_compiled_parts(model):
+            return
         uncalled = sorted(names - checked - self._called)
         if uncalled:
             raise RuntimeError(
@@ -244,6 +246,16 @@ class FactorSource:
 
 def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _has_compiled_parts(model: nn.Module) -> bool:
+    """Return whether parts of the model were compiled by themselves, in which calls leave no trace."""
+    return any(
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or module._compiled_call_impl is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 def _refuse_reentrant_with_ddp() -> None:
