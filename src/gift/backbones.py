@@ -7,10 +7,14 @@ may depend on which family a model belongs to. Layer names follow timm 1.0 and t
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from types import MethodType
 
 from torch import nn
 from transformers import PreTrainedModel
+
+# A small ViT that comes with the package, for `AutoModelForImageClassification.from_pretrained`; see its README.md.
+SMALL_BACKBONE = Path(__file__).parent / "assets" / "vit_64px_patch8_d128_l8"
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,7 @@ def test_what_the_tuner_overrides_exists_in_peft(owner, names):
     assert not [name for name in names.split() if not hasattr(owner, name)]
 
 
-def test_the_public_names_are_few_and_without_import_a_stored_adapter_is_unknown_to_peft():
-    assert set(gift.__all__) == {"GiftConfig", "GiftLinear", "GiftModel"}
+def test_without_import_a_stored_adapter_is_unknown_to_peft():
     code = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m; print('GIFT' in m)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -1,0 +1,164 @@
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+TINY = ["--embed_dim=32", "--depth=2", "--num_heads=2", "--image_size_px=16", "--patch_size_px=4"]
+SHORT = ["--samples=48", "--batch_size=8", "--warmup_steps=2", "--device=cpu"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("pretrain_backbone")
+
+
+def make_images(folder, classes, per_class=6):
+    rng = np.random.default_rng(classes)
+    for label in range(classes):
+        (folder / f"class{label}").mkdir(parents=True)
+        for index in range(per_class):
+            pixels = (rng.random((16, 16, 3)) * 60 + 190 * label / (classes - 1)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{index}.png")
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return ["--data", make_images(tmp_path / "two", 2), make_images(tmp_path / "three", 3)]
+
+
+def pretrain(script, data, out, *changes):
+    script.main([*data, f"--out={out}", *TINY, *SHORT, *changes])
+    return load_file(out / "backbone" / "model.safetensors")
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(script, monkeypatch, steps):
+    """Raise Killed in the step after so many, saving the state after each."""
+    original, count = script.Run.train_step, iter(range(steps + 1))
+
+    def step(run, batches):
+        if next(count) == steps:
+            raise Killed
+        return original(run, batches)
+
+    monkeypatch.setattr(script.Run, "train_step", step)
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bits(script, data, tmp_path):
+    whole = pretrain(script, data, tmp_path / "whole")
+    patched = pytest.MonkeyPatch()
+    kill_after(script, patched, steps=3)
+    with pytest.raises(Killed):
+        pretrain(script, data, tmp_path / "killed", "--save_every_minutes=0")
+    patched.undo()
+    assert torch.load(tmp_path / "killed" / "state.pt", weights_only=True)["step"] == 3
+    continued = pretrain(script, data, tmp_path / "killed")
+    assert whole.keys() == continued.keys()
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "killed")]
+    assert [(log.count("\n"), json.loads(log)["step"]) for log in logs] == [(1, 6), (1, 6)]
+    assert json.loads(logs[0])["loss"] == json.loads(logs[1])["loss"]
+    other_seed = pretrain(script, data, tmp_path / "other", "--seed=1")
+    assert not torch.equal(whole["timm_model.norm.bias"], other_seed["timm_model.norm.bias"])
+
+
+def test_the_backbone_loads_like_any_other_in_float32(script, data, tmp_path):
+    stored = pretrain(script, data, tmp_path / "run")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "backbone", num_labels=7)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model(pixel_values=torch.zeros(2, 3, 16, 16)).logits.shape == (2, 7)
+    assert len(model.timm_model.blocks) == 2
+
+
+def test_the_state_of_other_options_or_data_is_not_gone_on_with(script, data, tmp_path):
+    pretrain(script, data, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other options: muon_lr was 0\.02, now 0\.1\. Choose"):
+        pretrain(script, data, tmp_path / "run", "--muon_lr=0.1")
+    (tmp_path / "two" / "class0" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"data was two \(12 images\).* now two \(11 images\)"):
+        pretrain(script, data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("option", ["--samples=0", "--warmup_steps=0", "--constant_until=1", "--batch_size=1"])
+def test_what_cannot_be_trained_is_refused_before_anything_is_read(script, data, tmp_path, option):
+    with pytest.raises(ValueError, match=r"must be|cannot hold"):
+        pretrain(script, data, tmp_path / "run", option)
+    assert not (tmp_path / "run").exists()
+
+
+def test_it_learns(script, data, tmp_path):
+    pretrain(script, data, tmp_path / "run", "--samples=640", "--label_smoothing=0.0")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * (np.log(2) + np.log(3)) / 2
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 9), (2, 9, 4)])
+def test_an_update_has_the_gradients_singular_vectors_and_values_near_one(script, shape):
+    matrices = torch.randn(shape, dtype=torch.float64)
+    found = script.orthogonal(matrices)
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    values = left.mT @ found @ right.mT
+    assert (values - torch.diag_embed(values.diagonal(dim1=1, dim2=2))).abs().max() < 1e-6
+    assert values.diagonal(dim1=1, dim2=2).min() > 0.6
+    assert values.diagonal(dim1=1, dim2=2).max() < 1.3
+
+
+def test_muon_moves_a_matrix_along_its_momentum(script):
+    matrix, gradient = torch.nn.Parameter(torch.zeros(6, 3)), torch.randn(6, 3)
+    optimizer = script.Muon([matrix], lr=0.1, momentum=0.9)
+    for _ in range(2):
+        before, matrix.grad = matrix.detach().clone(), gradient
+        optimizer.step()
+    expected = script.orthogonal((gradient + 0.9 * 1.9 * gradient)[None])[0] * 0.1 * 2**0.5
+    assert torch.allclose(before - matrix, expected, atol=1e-6)
+
+
+def test_crops_show_parts_of_the_image_mirrored_or_not(script):
+    ramp = torch.arange(16, dtype=torch.uint8).expand(200, 3, 16, 16) * 10  # brighter to the right
+    crops = script.augment(ramp, 0.5)
+    std, mean = (torch.tensor(values)[:, None, None] for values in (script.STD, script.MEAN))
+    pixels = (crops * std + mean) * 255
+    slope = (pixels[..., -1] - pixels[..., 0]).mean(dim=(1, 2)) / 15
+    assert 60 < (slope > 0).sum() < 140  # half of them
+    assert slope.abs().max() < 10.01  # a crop is enlarged ...
+    assert slope.abs().min() > 10 * (0.5 * 3 / 4) ** 0.5 - 0.5  # ... and never narrower than this
+    assert script.augment(ramp, 1.0).shape == ramp.shape
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero(script):
+    options = script.Pretraining([], Path(), samples=1000, batch_size=10, warmup_steps=10, constant_until=0.5)
+    rates = [options.rate(step) for step in range(100)]
+    assert rates[:2] == [0.1, 0.2]
+    assert set(rates[9:51]) == {1.0}
+    assert rates[-1] == pytest.approx(0.02)
+
+
+def test_every_batch_has_equally_many_images_of_each_data_set(script, data):
+    options = script.Pretraining([Path(path) for path in data[1:]], Path(), image_size_px=16, batch_size=8)
+    sets = [script.DataSet(path, options, torch.device("cpu")) for path in options.data]
+    seen = [[], []]
+    for step in range(6):
+        for index, (_, labels) in enumerate(script.batches_of(sets, options, step)):
+            seen[index] += labels.tolist()
+    assert [len(labels) for labels in seen] == [24, 24]
+    assert np.bincount(seen[0][:12]).tolist() == [6, 6]  # an epoch shows every image once
+    assert seen[0][:12] != seen[0][12:]
+
+
+def test_help_is_shown(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    assert "parquet files or folders" in " ".join(capsys.readouterr().out.split())
