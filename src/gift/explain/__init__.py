@@ -1,0 +1,1 @@
+"""What an adapter learned: cluster maps of images, their scores, and pictures of them."""
