@@ -14,12 +14,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-all lint types pins clean
+.PHONY: help setup demo test test-all lint types pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## install the pinned packages and this project into .venv
+
+demo: $(INSTALLED)  ## fine-tune a small ViT in a few minutes and draw cluster maps into gift-demo
+	$(BIN)/gift demo --out gift-demo
 
 test: $(INSTALLED)  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,36 +1,56 @@
 """The README's example runs as it stands there, and what it stores can be loaded again."""
 
+import json
 import re
 from pathlib import Path
 
-import timm
 import torch
 from peft import PeftModel
+from transformers import AutoModelForImageClassification
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SMALL = {"patch_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}  # the README's ViT is large and pretrained
+from gift import SMALL_BACKBONE
 
-
-def make_small(create, **options):
-    torch.manual_seed(0)
-    return create("vit_base_patch16_224", **(options | SMALL | {"pretrained": False}))
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLE = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
 
 
 def test_the_example_runs_and_what_it_stores_gives_the_merged_models_logits(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: make_small(create, **options))
     monkeypatch.chdir(tmp_path)
     example = {}
-    exec(compile(code, "README.md", "exec"), example)
+    exec(compile(EXAMPLE, "README.md", "exec"), example)
 
     merged, images = example["plain_vit"].eval(), example["images"]
-    backbone = make_small(create, num_classes=102)
-    assert not torch.equal(backbone.eval()(images), merged(images))
-    loaded = PeftModel.from_pretrained(backbone, tmp_path / "flowers-adapter")
-    assert (loaded(images) - merged(images)).abs().max() < 1e-5
+    backbone = AutoModelForImageClassification.from_pretrained(SMALL_BACKBONE, num_labels=10).eval()
+    assert not torch.equal(backbone(images).logits, merged(images).logits)
+    loaded = PeftModel.from_pretrained(backbone, tmp_path / "my-adapter")
+    assert (loaded(images).logits - merged(images).logits).abs().max() < 1e-5
+    size = (tmp_path / "my-adapter" / "adapter_model.safetensors").stat().st_size
+    assert f"{size / 1e6:.2f} MB" in README
 
 
 def test_the_readme_and_its_example_stay_short():
     assert len(README.splitlines()) <= 120
-    assert len(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1].splitlines()) <= 14
+    assert len(EXAMPLE.splitlines()) <= 14
+
+
+def test_every_file_the_readme_points_to_is_there():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert len(links) >= 4
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_table_shows_what_was_measured():
+    results = json.loads((ROOT / "results" / "demo.json").read_text())
+    for row, summary in zip(results["demos"][0]["rows"], results["summary"], strict=True):
+        accuracies = f"{100 * row['accuracy']:.1f} % | {summary['mean']:.1f} %"
+        trained = f"{row['trained_without_head']:,} / {row['trained']:,}"
+        assert f"| {row['task']} | {row['method']} | {accuracies} | {trained} |" in README
+
+
+def test_the_card_of_the_backbone_shows_what_was_measured():
+    card = (SMALL_BACKBONE / "README.md").read_text()
+    for row in json.loads((ROOT / "results" / "backbone.json").read_text())["data"].values():
+        shown = (f"{row[name]['accuracy']:.1f} [" for name in ("linear probe", "k-NN"))
+        assert f"| {row['train']:,} / {row['test']:,} | {next(shown)}" in card
+        assert f"| {next(shown)}" in card

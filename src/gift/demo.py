@@ -1,0 +1,372 @@
+"""The demo: the backbone that ships learns two small tasks by several methods, and shows what its clusters respond to.
+
+Every run leaves its own folder (see `gift.training.finetune`), the demo a picture and `demo.json`.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers.utils import logging
+
+from gift.backbones import SMALL_BACKBONE, default_targets
+from gift.data.images import LabelledImages, NormalisedImages
+from gift.data.offline import draw_flowers, part_coverage, read_digits
+from gift.data.rendered import PARTS, RenderedFlower
+from gift.explain.clusters import ClusterMaps, explain_images, without_common_part
+from gift.explain.render import Sheet, draw_sheets
+from gift.explain.scores import choose_distinct, class_separation, part_agreement
+from gift.training.arguments import FinetuneOptions, FinetuneResult
+from gift.training.finetune import finetune
+from gift.tuner.config import GiftConfig
+
+IMAGE_SIZE_PX = 64
+THREADS = 2  # fixed, because the order of a sum and so its last digits depend on it
+IMAGES_TO_CHOOSE_ON, IMAGES_SHOWN, MAPS_SHOWN = 300, 5, 4
+PARTS_SHOWN = ("petals", "centre", "leaves", "background")
+RECORD, PICTURE = "demo.json", "cluster-maps.png"
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is learned, and in how many epochs; drawn flowers also as they were drawn, for their parts."""
+
+    name: str
+    train: LabelledImages
+    test: LabelledImages
+    epochs: int
+    drawn_train: list[RenderedFlower]
+    drawn_test: list[RenderedFlower]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune: its adapter, or None for a linear probe, and its peak learning rates by task."""
+
+    name: str
+    folder: str
+    config: Callable[[PreTrainedModel], PeftConfig | None]
+    rates: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the demo's table.
+
+    Attributes:
+        task: Name of the task.
+        method: Name of the method.
+        accuracy: On the test images, from 0 to 1.
+        trained_without_head: Trained parameters of the adapter.
+        trained: Trained parameters with those of the head.
+        seconds: Of training and testing.
+        merging: Largest difference between logits of the test images before and after merging.
+    """
+
+    task: str
+    method: str
+    accuracy: float
+    trained_without_head: int
+    trained: int
+    seconds: float
+    merging: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The table; where each part of a flower shows best, in words; the picture; the folder of GIFT's digits adapter."""
+
+    rows: list[Row]
+    parts: list[str]
+    picture: Path
+    adapter: Path
+
+
+def _lora(backbone: PreTrainedModel) -> PeftConfig:
+    # PEFT's scale is alpha / r, here 1.
+    return LoraConfig(r=8, lora_alpha=8, target_modules=list(default_targets(backbone) or ()))
+
+
+def _gift(backbone: PreTrainedModel) -> PeftConfig:
+    # With r = 16 and M = 32 it has two fifths of LoRA's parameters. Two things keep the maps of a layer from becoming
+    # one picture, as they do with the defaults on a model as narrow as this: layer norm, softmax and gain set the
+    # clusters apart from the start, and scaling lets the last map learn ten times faster than what forms the clusters.
+    return GiftConfig(
+        generator="paca", r=16, num_clusters=32, norm="layer", assignment="softmax", assignment_gain=16, scaling=10
+    )
+
+
+# Rates of adapter and head: the best of as many tries for every method (results/demo.json).
+METHODS = (
+    Method("linear probe", "probe", lambda _: None, {"digits": (5e-2, 5e-2), "flowers": (2e-1, 2e-1)}),
+    Method("LoRA r=8", "lora", _lora, {"digits": (1.2e-2, 2e-3), "flowers": (2.4e-2, 1e-2)}),
+    Method("GIFT paca r=16 M=32", "gift", _gift, {"digits": (8e-3, 2e-3), "flowers": (4e-3, 1e-2)}),
+)
+EXPLAINED = METHODS[-1]
+
+
+def digits_task() -> Task:
+    """Return the digits: the first 1000 to train on, the other 797 to test on."""
+    images = read_digits(IMAGE_SIZE_PX)
+    return Task("digits", images[:1000], images[1000:], 10, [], [])
+
+
+def flowers_task() -> Task:
+    """Return drawn flowers: 800 to train on, 400 to test on."""
+    train, drawn_train = draw_flowers(800, 0, IMAGE_SIZE_PX)
+    test, drawn_test = draw_flowers(400, 1, IMAGE_SIZE_PX)
+    return Task("flowers", train, test, 8, drawn_train, drawn_test)
+
+
+def run_demo(out: Path, seed: int = 0, report: Callable[[str], None] | None = None) -> DemoResult:
+    """Train every method on both tasks, check and compare the adapters, draw the best cluster maps.
+
+    A demo that was stopped goes on if the seed is the same; one that is complete, or of another seed, is run anew.
+
+    Args:
+        out: Folder of the demo; must not exist, be empty or hold a demo.
+        seed: Of new heads, adapters and the order of the images; the images are always the same.
+        report: Called with the name of each run before it starts; progress bars are shown then, too.
+
+    Raises:
+        ValueError: If `out` holds anything but a demo, or the seed is no number from 0 to 2^32 - 2.
+        RuntimeError: If a reloaded or merged adapter predicts anything else than the trained one.
+    """
+    _prepare(out, seed)
+    rows, sheets, parts = [], [], []
+    with _threads(THREADS), _quiet_loading():
+        for task in (digits_task(), flowers_task()):
+            for method in METHODS:
+                options = demo_options(task, method, seed, out / task.name / method.folder, report is not None)
+                if report is not None:
+                    report(f"{task.name}: {method.name}")
+                result = train(task, method, options)
+                rows.append(_row(task, method, result, check_adapter(task, result)))
+                if method is EXPLAINED:
+                    sheet, found = explain(task, result)
+                    sheets.append(sheet)
+                    parts.extend(found)
+    draw_sheets(sheets, out / PICTURE)
+    _write(out, demo_description(seed) | {"rows": [asdict(row) for row in rows], "parts": parts})
+    return DemoResult(rows, parts, out / PICTURE, out / "digits" / EXPLAINED.folder / "adapter")
+
+
+def demo_description(seed: int) -> dict[str, Any]:
+    """Return what `demo.json` says of a demo from the start; `rows` and `parts` are added once it is complete."""
+    rates = {method.name: {task: list(pair) for task, pair in method.rates.items()} for method in METHODS}
+    return {"seed": seed, "rates": rates}
+
+
+def _prepare(out: Path, seed: int) -> None:
+    """Make `out` the folder of this demo, emptied unless the same demo was stopped there."""
+    if not 0 <= seed < 2**32 - 1:
+        raise ValueError(f"The seed must be a number from 0 to {2**32 - 2}, got {seed}.")
+    record = out / RECORD
+    if out.exists() and not record.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and holds no demo. Choose another folder: a demo clears its own.")
+    if not record.exists() or json.loads(record.read_text()) != demo_description(seed):
+        for task, method in product(("digits", "flowers"), METHODS):
+            shutil.rmtree(out / task / method.folder, ignore_errors=True)
+        (out / PICTURE).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out, demo_description(seed))
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    """Write what the demo is, and once it is complete what it found, whole or not at all."""
+    partial = out / f"{RECORD}.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.replace(out / RECORD)
+
+
+def describe(result: DemoResult, seed: int, command: str = "gift") -> str:
+    """Return the table in Markdown, what was found and written, and what to try next with the command `gift`."""
+    lines = [
+        "| task | method | test accuracy | trained (without head) | trained (with head) | seconds | merging |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result.rows:
+        numbers = f"{row.trained_without_head:,} | {row.trained:,} | {row.seconds:.0f} | {row.merging:.1e}"
+        lines.append(f"| {row.task} | {row.method} | {100 * row.accuracy:.1f} % | {numbers} |")
+    return "\n".join(
+        [
+            *("", *lines, ""),
+            f"Seed {seed}. merging: largest difference of a test image's logits before and after merging the adapter.",
+            "Every adapter was saved, reloaded and merged; all predictions stayed the same.",
+            *("", f"Cluster maps, chosen on training images and drawn for test images: {result.picture}"),
+            "Correlation of the clusters shown with the share of a patch that a part of a drawn flower covers:",
+            *(f"  {line}" for line in result.parts),
+            *("", f"GIFT's adapter for the digits: {result.adapter}", "", "Next:"),
+            f"  {command} demo --seed {seed + 1} --out another-demo    how much depends on the seed",
+            f"  {command} convert CHECKPOINT FOLDER        the original authors' weights as an adapter",
+            f"  {command} --help",
+        ]
+    )
+
+
+def demo_options(task: Task, method: Method, seed: int, folder: Path, progress: bool = False) -> FinetuneOptions:
+    """Return how a method is trained on a task."""
+    rate, head_rate = method.rates[task.name]
+    return FinetuneOptions(
+        folder,
+        epochs=task.epochs,
+        batch_size=32,
+        learning_rate=rate,
+        head_learning_rate=head_rate,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def train(task: Task, method: Method, options: FinetuneOptions) -> FinetuneResult:
+    """Return the run of a method on a task, on a fresh backbone whose head is made from the seed."""
+    backbone = _fresh_backbone(task, options.seed)
+    train_items, test_items = _items(task.train), _items(task.test)
+    return finetune(backbone, method.config(backbone), train_items, test_items, options)
+
+
+def check_adapter(task: Task, result: FinetuneResult) -> float:
+    """Reload an adapter onto a fresh backbone and merge it; return the largest difference of logits from merging.
+
+    Raises:
+        RuntimeError: If the reloaded or the merged model predicts another class for any test image.
+    """
+    images = _items(task.test).pixel_values
+    trained = _logits(result.model, images)
+    device = next(result.model.parameters()).device
+    other_seed = result.metrics["seed"] + 1  # the reloaded head must come from the folder
+    reloaded = PeftModel.from_pretrained(_fresh_backbone(task, other_seed), str(result.adapter_dir)).eval().to(device)
+    before = _logits(reloaded, images)
+    after = _logits(reloaded.merge_and_unload(), images)
+    for kind, logits in (("reloaded", before), ("merged", after)):
+        if changed := int((logits.argmax(dim=1) != trained.argmax(dim=1)).sum()):
+            raise RuntimeError(f"The {kind} adapter of {result.adapter_dir} predicts {changed} images differently.")
+    return float((after - before).abs().max())
+
+
+def explain(task: Task, result: FinetuneResult) -> tuple[Sheet, list[str]]:
+    """Return the sheet of the best cluster maps, and in words how well they agree with the parts of flowers.
+
+    The clusters are chosen on training images, the pictures and figures are of test images.
+    """
+    chosen_on, seen = _maps(task, result.model)
+    if task.drawn_train:
+        clusters = _best_of_parts(task, chosen_on)
+        names, words = PARTS_SHOWN, _compare_with_start(task, clusters, seen, result.metrics["seed"])
+    else:
+        scores = class_separation(chosen_on.maps, task.train.labels[:IMAGES_TO_CHOOSE_ON])
+        clusters = choose_distinct(scores, chosen_on.maps, MAPS_SHOWN)
+        names, words = [""] * len(clusters), []
+    layers, columns = (list(indices) for indices in zip(*clusters, strict=True))
+    ranges = np.quantile(chosen_on.maps[:, layers, columns], (0.5, 0.98), axis=(0, 2, 3))
+    sheet = Sheet(
+        f"{task.name}: cluster maps of test images",
+        task.test.pixels[:IMAGES_SHOWN],
+        seen.maps[:IMAGES_SHOWN, layers, columns],
+        ranges.T,
+        tuple(f"{name}\n{_label(cluster)}" for name, cluster in zip(names, clusters, strict=True)),
+    )
+    return sheet, words
+
+
+def _maps(task: Task, model: PeftModel) -> tuple[ClusterMaps, ClusterMaps]:
+    """Return what the clusters respond to more than others, in training and in test images."""
+    images = (_items(images).pixel_values for images in (task.train[:IMAGES_TO_CHOOSE_ON], task.test))
+    train, test = (explain_images(model, pixels) for pixels in images)
+    return replace(train, maps=without_common_part(train.maps)), replace(test, maps=without_common_part(test.maps))
+
+
+def _agreement(maps: ClusterMaps, drawn: list[RenderedFlower]) -> Float[np.ndarray, "layers clusters parts"]:
+    """Return how well every cluster agrees with each of `PARTS_SHOWN`."""
+    rows, columns = maps.maps.shape[3:]
+    coverage = part_coverage(drawn[: len(maps.maps)], (rows, columns))
+    return part_agreement(maps.maps, coverage[:, [PARTS.index(part) for part in PARTS_SHOWN]])
+
+
+def _best_of_parts(task: Task, maps: ClusterMaps) -> list[tuple[int, int]]:
+    """Return (layer, cluster) that agrees best with each part on training images."""
+    agreement = _agreement(maps, task.drawn_train)
+    best = (np.unravel_index(agreement[..., part].argmax(), agreement.shape[:2]) for part in range(len(PARTS_SHOWN)))
+    return [(int(layer), int(cluster)) for layer, cluster in best]
+
+
+def _compare_with_start(task: Task, clusters: list[tuple[int, int]], seen: ClusterMaps, seed: int) -> list[str]:
+    """Return for every part how well its cluster agrees with it, and how well the best did before training.
+
+    Without the second figure the first says nothing about what was learned: of so many maps of a pretrained backbone
+    some agree with any part.
+    """
+    backbone = _fresh_backbone(task, seed)
+    set_seed(seed)  # as the run itself started
+    start: Any = get_peft_model(backbone, EXPLAINED.config(backbone))  # type: ignore[arg-type]
+    chosen_on, seen_before = _maps(task, start)
+    after, before = (_agreement(maps, task.drawn_test) for maps in (seen, seen_before))
+    words = []
+    for part, (name, now, then) in enumerate(zip(PARTS_SHOWN, clusters, _best_of_parts(task, chosen_on), strict=True)):
+        figures = f"{after[now][part]:.2f} (before training the best was {_label(then)}, {before[then][part]:.2f})"
+        words.append(f"{name}: {_label(now)}, {figures}")
+    return words
+
+
+def _label(cluster: tuple[int, int]) -> str:
+    return f"L{cluster[0]}/C{cluster[1]}"
+
+
+def _row(task: Task, method: Method, result: FinetuneResult, merging: float) -> Row:
+    metrics = result.metrics
+    without_head, trained = metrics["trained_parameters_without_head"], metrics["trained_parameters"]
+    return Row(task.name, method.name, metrics["accuracy"], without_head, trained, metrics["seconds"], merging)
+
+
+def _fresh_backbone(task: Task, seed: int) -> PreTrainedModel:
+    set_seed(seed)  # the head is new
+    return AutoModelForImageClassification.from_pretrained(SMALL_BACKBONE, num_labels=len(task.train.class_names))
+
+
+def _items(images: LabelledImages) -> NormalisedImages:
+    data = AutoConfig.from_pretrained(SMALL_BACKBONE).pretrained_cfg
+    return NormalisedImages(images, data["mean"], data["std"])
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, images: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    return torch.cat([model(pixel_values=batch.to(device)).logits for batch in images.split(128)])
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Say nothing of heads that are new, as they should be, and of what PEFT reads from transformers."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
