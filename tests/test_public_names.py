@@ -23,6 +23,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error():
         gift.fine_tune  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_trainer_is_imported_only_when_it_is_asked_for():
     code = (
         "import sys, gift; first = 'transformers.trainer' in sys.modules; gift.finetune; "
