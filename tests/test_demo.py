@@ -93,12 +93,14 @@ def test_agreement_is_reported_beside_what_it_was_before_training(tmp_path):
         assert re.fullmatch(r"\w+: (L\d/C\d+), (-?\d\.\d\d) \(before training the best was \1, \2\)", line)
 
 
-@pytest.mark.parametrize("content", ["other files", "a file"])
+@pytest.mark.parametrize("content", ["other files", "a file", "another demo.json", "a damaged demo.json"])
 def test_a_folder_of_other_things_is_left_alone(tmp_path, content):
     out = tmp_path / "out"
     precious = out if content == "a file" else out / "digits" / "probe" / "precious.txt"
     precious.parent.mkdir(parents=True, exist_ok=True)
     precious.write_text("precious")
+    if content.endswith("demo.json"):
+        (out / "demo.json").write_text('{"name": "mine"}' if "another" in content else "{")
     with pytest.raises(ValueError, match="holds no demo"):
         demo.run_demo(out)
     assert precious.read_text() == "precious"

@@ -30,7 +30,7 @@ def demo(out: Path = Path("gift-demo"), seed: int = 0) -> None:
     Takes a few minutes on two cores and needs no network.
 
     Args:
-        out: Folder for the adapters, the picture and the figures.
+        out: Folder for the adapters, the picture and the figures; a complete demo in it is replaced.
         seed: Of new heads, adapters and the order of the images; the same seed gives the same figures.
     """
     from gift.demo import describe, run_demo  # noqa: PLC0415 - it takes seconds, which other commands need not wait

@@ -173,15 +173,24 @@ def _prepare(out: Path, seed: int) -> None:
     """Make `out` the folder of this demo, emptied unless the same demo was stopped there."""
     if not 0 <= seed < 2**32 - 1:
         raise ValueError(f"The seed must be a number from 0 to {2**32 - 2}, got {seed}.")
-    record = out / RECORD
-    if out.exists() and not record.exists() and (not out.is_dir() or any(out.iterdir())):
+    record = _read_record(out / RECORD)
+    if record is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and holds no demo. Choose another folder: a demo clears its own.")
-    if not record.exists() or json.loads(record.read_text()) != demo_description(seed):
+    if record != demo_description(seed):
         for task, method in product(("digits", "flowers"), METHODS):
             shutil.rmtree(out / task / method.folder, ignore_errors=True)
         (out / PICTURE).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     _write(out, demo_description(seed))
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """Return what a demo wrote of itself, or None if there is no such file or it is somebody else's."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"seed", "rates"} <= record.keys() else None
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:

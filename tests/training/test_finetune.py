@@ -263,3 +263,22 @@ def test_an_empty_dataset_is_refused(tmp_path):
 def test_an_option_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         options("unused", **wrong)
+
+
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "notes.txt").write_text("precious")
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=r"holds no run of finetune \(run.json\)"):
+            train(tmp_path, resume=resume)
+    assert (tmp_path / "adapter" / "notes.txt").read_text() == "precious"
+
+
+def test_a_complete_run_is_not_taken_for_one_with_other_labels(tmp_path):
+    class OtherStripes(Stripes):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"labels": 0}
+
+    finetune(make_backbone(), None, Stripes(), None, options(tmp_path))
+    with pytest.raises(ValueError, match="labels was"):
+        finetune(make_backbone(), None, OtherStripes(), None, options(tmp_path))

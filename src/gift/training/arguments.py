@@ -32,7 +32,7 @@ class FinetuneOptions:
     """How to train; what to train is said by the adapter's configuration.
 
     Args:
-        output_dir: Folder of this run and of no other.
+        output_dir: Folder of this run and of nothing else.
         epochs: Passes over the training images.
         batch_size: Images per step, in training and evaluation.
         learning_rate: Peak learning rate of the adapter.
@@ -106,8 +106,11 @@ class CheckedItems(Dataset):
         self.name, self.items, self.classes = name, items, classes
         check(len(items), f"The dataset {name} is empty.")
         self.shape = None
+        self.first_labels: list[int] = []  # of the items that are checked now
         for index in np.unique(np.linspace(0, len(items) - 1, ITEMS_CHECKED_FIRST, dtype=int)):
-            self.shape = self[int(index)]["pixel_values"].shape
+            item = self[int(index)]
+            self.shape = item["pixel_values"].shape
+            self.first_labels.append(item["labels"])
 
     def __len__(self) -> int:
         return len(self.items)

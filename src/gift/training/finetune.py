@@ -65,13 +65,20 @@ def finetune(
         config: Adapter to train. None is a linear probe: nothing but the classification head is trained, and stored
             as an adapter of PEFT without target layers. If `modules_to_save` is None, the head is trained too,
             whatever the method.
-        train: Training images, all of one size.
+        train: Training images, all of one size: anything with a length and items
+            `{"pixel_values": float tensor (channels, rows, columns), "labels": int}`, such as a list of them.
         evaluation: Images to measure accuracy on, or None.
-        options: How to train.
+        options: How to train, and in which folder.
+
+    Returns:
+        The model in eval mode, on the device it was trained on; what `metrics.json` holds; the folder of the adapter.
+        If `output_dir` holds the complete run, it is loaded and nothing is trained. Runs on other images are told apart
+        by the number of the images and by labels only.
 
     Raises:
         ValueError: If the backbone has no known head, an item is not what the backbone needs, or `output_dir` holds
-            the run of other options. Of long datasets some items are checked before training, all when they are read.
+            the run of other options, or other files. Of long datasets some items are checked before training, all when
+            they are read.
     """
     folder = Path(options.output_dir)
     checkpoints, metrics_file, run_file = folder / "checkpoints", folder / "metrics.json", folder / "run.json"
@@ -80,6 +87,7 @@ def finetune(
     train_items = CheckedItems("train", train, classes)
     evaluation_items = None if evaluation is None else CheckedItems("evaluation", evaluation, classes)
 
+    _check_own_folder(folder)
     if not options.resume:
         _delete_run(folder)
     run = _describe_run(backbone, config, train_items, evaluation_items, options)
@@ -222,13 +230,28 @@ def _delete_run(folder: Path) -> None:
     shutil.rmtree(folder / "adapter", ignore_errors=True)
 
 
+def _check_own_folder(folder: Path) -> None:
+    """Raise ValueError if a folder holds anything but a run: what a run deletes must be its own."""
+    is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    check(
+        not is_taken or list(folder.glob("run.json*")),
+        f"{folder} exists and holds no run of finetune (run.json). Choose another output_dir.",
+    )
+
+
 def _describe_run(
-    backbone: PreTrainedModel, config: PeftConfig, train: Items, evaluation: Items | None, options: FinetuneOptions
+    backbone: PreTrainedModel,
+    config: PeftConfig,
+    train: CheckedItems,
+    evaluation: CheckedItems | None,
+    options: FinetuneOptions,
 ) -> dict[str, Any]:
-    """Return everything that decides the result, by name, as JSON gives it back; the images only by their number."""
+    """Return everything that decides the result, by name, as JSON gives it back; of images their number and labels."""
     described = {f"options.{name}": value for name, value in asdict(options).items() if name not in FREE_OPTIONS}
     described |= {f"config.{name}": value for name, value in config.to_dict().items()}
     described |= {"train": len(train), "evaluation": len(evaluation or ())}
+    labels = json.dumps([items.first_labels for items in (train, evaluation) if items is not None])
+    described["labels"] = hashlib.sha256(labels.encode()).hexdigest()
     # A head may be new, and its values are in every checkpoint.
     heads = tuple(f"{head}." for head in classification_heads(backbone))
     digest = hashlib.sha256()
