@@ -193,8 +193,8 @@ class Run:
             ARCHITECTURE, num_classes=0, patch_drop_rate=options.patch_drop_rate, **options.model_args
         )
         self.options, self.step, self.seconds = options, 0, 0.0
-        heads = nn.ModuleList(nn.Linear(options.embed_dim, count) for count in classes)
-        self.model = nn.ModuleDict({"vit": vit, "heads": heads})
+        self.vit, self.heads = vit, nn.ModuleList(nn.Linear(options.embed_dim, count) for count in classes)
+        self.model = nn.ModuleDict({"vit": self.vit, "heads": self.heads})
         self.model.to(device)
         matrices = [p for name, p in vit.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
         others = [p for p in self.model.parameters() if not any(p is matrix for matrix in matrices)]
@@ -210,11 +210,11 @@ class Run:
             optimizer.zero_grad()
         images = augment(torch.cat([pixels for pixels, _ in batches]), self.options.smallest_crop)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            features = self.model["vit"](images).split([len(labels) for _, labels in batches])
+            features = self.vit(images).split([len(labels) for _, labels in batches])
         loss = torch.stack(
             [
                 functional.cross_entropy(head(part.float()), labels, label_smoothing=self.options.label_smoothing)
-                for head, part, (_, labels) in zip(self.model["heads"], features, batches, strict=True)  # type: ignore
+                for head, part, (_, labels) in zip(self.heads, features, batches, strict=True)
             ]
         ).mean()
         loss.backward()
@@ -301,7 +301,7 @@ def pretrain(options: Pretraining) -> None:
         if is_last or time.monotonic() - saved > 60 * options.save_every_minutes:
             run.save(state, description)
             saved = time.monotonic()
-    vit = {name: tensor.cpu() for name, tensor in run.model["vit"].state_dict().items()}
+    vit = {name: tensor.cpu() for name, tensor in run.vit.state_dict().items()}
     export(vit, options.model_args, options.out / "backbone")
     print(f"Wrote {options.out / 'backbone'}")
 
