@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 # uv has an environment of its own, so that the one it fills holds exactly what requirements.txt names.
 UV := $(VENV)/uv-$(UV_VERSION)/bin/uv
 INSTALLED := $(VENV)/installed
+# Apart from the others, since whatever imports PEFT or transformers imports these where they are installed.
+QUANTISED := $(VENV)/quantised
 
 # The models of the tests are tiny: starting threads costs more than they save.
 export OMP_NUM_THREADS ?= 1
@@ -27,8 +29,9 @@ demo: $(INSTALLED)  ## fine-tune a small ViT in a few minutes and draw cluster m
 test: $(INSTALLED)  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(INSTALLED)  ## run every test
-	$(BIN)/python -m pytest
+test-all: $(INSTALLED) $(QUANTISED)  ## run every test, then those of quantised backbones
+	$(BIN)/python -m pytest --ignore tests/tuner/test_quantised.py
+	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/tuner/test_quantised.py
 
 lint: $(INSTALLED)  ## check style and format
 	$(BIN)/ruff check
@@ -37,9 +40,12 @@ lint: $(INSTALLED)  ## check style and format
 types: $(INSTALLED)  ## check the types of src
 	$(BIN)/basedpyright
 
-pins: $(UV)  ## write requirements.txt anew from pyproject.toml
+pins: $(UV)  ## write the requirements files anew from pyproject.toml
 	UV_CUSTOM_COMPILE_COMMAND="make pins" $(UV) pip compile pyproject.toml --quiet --extra dev --generate-hashes \
 		--no-emit-index-url --python-version 3.11 --universal --output-file requirements.txt
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"] \
+		["quantised"], sep="\n")' | UV_CUSTOM_COMPILE_COMMAND="make pins" $(UV) pip compile - --quiet --no-deps \
+		--generate-hashes --no-emit-index-url --python-version 3.11 --universal --output-file requirements-quantised.txt
 
 clean:  ## remove .venv, caches and build leftovers
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache src/*.egg-info
@@ -50,6 +56,12 @@ $(INSTALLED): requirements.txt pyproject.toml | $(UV)
 	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
 	@$(UV) pip sync --quiet --require-hashes --python $(BIN)/python requirements.txt
 	@$(UV) pip install --quiet --no-deps --no-build-isolation --python $(BIN)/python --editable .
+	@touch $@
+
+$(QUANTISED): requirements-quantised.txt | $(INSTALLED)
+	@rm -rf $@
+	@$(UV) pip install --quiet --no-deps --require-hashes --python $(BIN)/python --target $@ \
+		--requirements requirements-quantised.txt
 	@touch $@
 
 $(UV):

@@ -1,9 +1,12 @@
 """The benchmarks run in their smallest form, and the arithmetic of what they report is held against formulas."""
 
+import argparse
 import importlib
 import json
+import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +23,12 @@ LAYERS, WIDTH, TOKENS, FLOAT_BYTES = 2, 32, 2 * 5, 4
 def layer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module("layer")
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("step")
 
 
 @pytest.fixture
@@ -120,7 +129,113 @@ def test_step_compares_all_methods_with_the_frozen_bound(tmp_path: Path) -> None
         assert min(measured["step_s_by_round"]) > 0
         assert measured["peak_memory_bytes"] is None
     assert results["methods"]["frozen bound"]["step_to_bound"] == {"median": 1, "low": 1, "high": 1}
-    assert results["options"]["dtype"] == "bfloat16"
+    assert results["skipped"] == {}
+    kept = json.loads((BENCHMARKS.parent / "results" / "step_cpu.json").read_text())["methods"]
+    assert kept.keys() == results["methods"].keys()
+    assert kept["frozen bound"].keys() == results["methods"]["frozen bound"].keys()
+    options = {name: results["options"][name] for name in ("model", "compile", "dtype")}
+    assert options == {"model": "vit_base_patch16_224", "compile": False, "dtype": "bfloat16"}
+
+
+@pytest.mark.slow
+def test_step_measures_a_suite_plain_and_compiled(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    options = ["--model", "vit_base_patch16_224", "--batch", "2", "--rounds", "2", "--out", str(path)]
+    printed = run("step.py", "--tiny", "--suite", *options)
+    plain, compiled = json.loads(path.read_text())["runs"]
+    assert (plain["compile"], compiled["compile"]) == (False, True)
+    assert plain["skipped"] == compiled["skipped"] == {}
+    assert list(compiled["methods"]) == ["frozen bound", "lora r=8", "gift paca r=16", "full fine-tuning"]
+    for name, measured in compiled["methods"].items():
+        trained = measured["trainable_parameters_without_head"]
+        assert trained == plain["methods"][name]["trainable_parameters_without_head"]
+        assert len(measured["step_s_by_round"]) == 2
+    assert "vit_base_patch16_224, compiled" in printed
+
+
+# ---- step.py: what does not fit --------------------------------------------------------------------------------------
+
+
+def make_setting(step: ModuleType) -> Any:
+    arguments = argparse.Namespace(tiny=True, batch=2, dtype="float32", device="cpu")
+    return step.make_setting("vit_tiny_patch16_224", False, arguments)
+
+
+def run_out_of_memory(*_: object) -> Any:
+    raise torch.OutOfMemoryError("Tried to allocate 8 GiB.\nMore lines")
+
+
+def make_training(step: ModuleType, take: Any, seconds: float = 1.0) -> Any:
+    return step.Training(take, seconds, parameters=1, peak_memory_bytes=300)
+
+
+def test_a_method_that_does_not_fit_is_named_and_the_others_are_measured(
+    step: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = {step.BOUND: step.METHODS[step.BOUND], "too large": run_out_of_memory, "linear probe": step.train_head}
+    monkeypatch.setattr(step, "METHODS", methods)
+    result = step.compare(make_setting(step), rounds=1, deadline=math.inf)
+    assert list(result["methods"]) == [step.BOUND, "linear probe"]
+    assert result["skipped"] == {"too large": "OutOfMemoryError beside 1 other models: Tried to allocate 8 GiB."}
+
+
+def test_a_method_without_room_among_the_others_is_not_timed(step: ModuleType) -> None:
+    trainings = {
+        "small": make_training(step, lambda: 2.0),
+        "large": make_training(step, run_out_of_memory),
+        "other": make_training(step, lambda: 3.0),
+    }
+    skipped: dict[str, str] = {}
+    seconds = step.time_steps(trainings, skipped, "cpu", rounds=2, deadline=math.inf)
+    assert seconds == {"small": [2.0, 2.0], "other": [3.0, 3.0]}
+    assert skipped == {"large": "OutOfMemoryError beside 2 other models; its own peak is 300 bytes"}
+
+
+def test_without_the_frozen_bound_there_are_no_ratios(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "METHODS", {step.BOUND: run_out_of_memory, "linear probe": step.train_head})
+    result = step.compare(make_setting(step), rounds=1, deadline=math.inf)
+    assert result["methods"]["linear probe"]["step_to_bound"] is None
+    step.print_comparison(result)
+
+
+def test_nothing_is_made_after_the_time(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "prepare", run_out_of_memory)
+    result = step.compare(make_setting(step), rounds=1, deadline=time.monotonic())
+    assert result["methods"] == {}
+    assert result["skipped"] == dict.fromkeys(step.METHODS, step.TIME_IS_UP)
+
+
+def test_rounds_are_as_many_as_fit_into_the_time(step: ModuleType) -> None:
+    trainings = {name: make_training(step, float, seconds) for name, seconds in {"a": 10.0, "b": 20.0}.items()}
+    later = time.monotonic() + 5  # of which the test itself takes less
+    assert step.rounds_in_time(trainings, 21, later + (3 + 4) * 30) == 4
+    assert step.rounds_in_time(trainings, 2, later + (3 + 4) * 30) == 2
+    assert step.rounds_in_time(trainings, 21, later) == 1
+    assert step.rounds_in_time(trainings, 21, math.inf) == 21
+
+
+def test_a_models_memory_is_what_the_others_do_not_hold(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(step, "held_bytes", lambda device: events.append("held") or 1000)
+    make_backbone = step.make_backbone
+    monkeypatch.setattr(step, "make_backbone", lambda setting: events.append("make") or make_backbone(setting))
+    monkeypatch.setattr(step, "step_seconds", lambda *_: events.append("step") or 1.0)
+    monkeypatch.setattr(step, "forget_peak", lambda device: events.append("forget"))
+    monkeypatch.setattr(step, "peak_bytes", lambda device: events.append("peak") or 1700)
+    assert step.prepare("linear probe", make_setting(step)).peak_memory_bytes == 700
+    assert events == ["held", "make", "step", "forget", "step", "peak"]
+
+
+def test_a_suite_can_be_narrowed(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["step.py", "--suite", "--batch", "16"])
+    suite = step.parse()
+    assert (suite.batch, suite.compile, len(suite.model), suite.minutes) == (16, "both", 2, 9)
+    monkeypatch.setattr(sys, "argv", ["step.py", "--rounds", "9", "--compile"])
+    plain = step.parse()
+    assert (plain.batch, plain.compile, len(plain.model), plain.minutes) == (8, "yes", 1, None)
+
+
+# ---- interleaved.py --------------------------------------------------------------------------------------------------
 
 
 def test_the_interval_of_a_median_lies_between_two_of_the_values(interleaved: ModuleType) -> None:

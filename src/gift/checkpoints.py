@@ -28,8 +28,9 @@ from torch import Tensor
 
 from gift.tuner.config import GENERATOR_DTYPES, GiftConfig
 from gift.tuner.generator import WeightGenerator
-from gift.tuner.model import GENERATORS_KEY, group_name
+from gift.tuner.model import group_name
 from gift.tuner.options import GeneratorOptions
+from gift.tuner.saving import GENERATORS_KEY
 from gift.tuner.targets import Target
 
 MAX_FILE_BYTES = 2**30  # the published file has 1.2 MB, and a whole ViT-B with the state of its optimizer 1.0 GB
@@ -381,7 +382,9 @@ def _generator(target: str, tensors: dict[str, Tensor], config: GiftConfig) -> d
             f"its target {target!r} is not one complete generator. In our names: {'; '.join(sorted(problems)[:4])} "
             f"({len(problems)} in all). Fetch it again."
         )
-    group = group_name(config, options.binds_tokens, Target(target if target == SHARED else _layer(target)), weight)
+    group = group_name(
+        config, options.binds_tokens, Target(target if target == SHARED else _layer(target)), weight.shape
+    )
     return {f"{GENERATORS_KEY}{group}.{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -175,6 +175,21 @@ def test_reentrant_checkpointing_on_several_processes_raises_instead_of_giving_w
         model(images)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_gradients_that_a_later_forward_would_lose_to_reentrant_checkpointing_raise():
+    model, images = make_adapted_vit(), make_images().requires_grad_()
+    blocks = model.base_model.model.blocks
+    plain = [block.forward for block in blocks]
+    for block, forward in zip(blocks, plain, strict=True):
+        block.forward = lambda x, f=forward: checkpoint(f, x, use_reentrant=True)
+    loss = model(images).square().sum()
+    for block, forward in zip(blocks, plain, strict=True):
+        block.forward = forward
+    model(images)
+    with pytest.raises(RuntimeError, match="gradients of the generator would be lost"):
+        loss.backward()
+
+
 def test_two_forwards_before_one_backward_add_up():
     model, images, others = make_adapted_vit().double(), make_images().double(), make_images(seed=5).double()
     one, other = gradients(model, images), gradients(model, others)

@@ -1,5 +1,6 @@
 """A frozen linear layer plus its generated residual; merge and unmerge."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -7,13 +8,24 @@ import torch
 from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from gift.tuner.products import LayerFactors, adapted_linear, dense_is_faster
-
-PARTS = ("q", "k", "v")  # the parts of a fused layer, one after the other along the output
+from gift.tuner.weights import (
+    PARTS,
+    QuantisedWeight,
+    ShardedWeight,
+    Stored,
+    is_quantised,
+    requantise,
+    restore_weight,
+    rows_of_part,
+    stored_weight,
+    weight_shape,
+)
 
 
 @runtime_checkable
@@ -21,6 +33,7 @@ class SuppliesFactors(Protocol):
     """What a layer needs of `gift.tuner.scope.FactorSource`."""
 
     generators: nn.ModuleDict
+    torchao_config: Any
 
     def factors(self, layer: "GiftLinear") -> LayerFactors:
         """Return the factors for one call of the layer."""
@@ -30,6 +43,10 @@ class SuppliesFactors(Protocol):
         self, layers: Sequence["GiftLinear"], adapters: Sequence[str] | None = None
     ) -> dict[str, LayerFactors]:
         """Return freshly generated factors by layer name."""
+        ...
+
+    def input_residual(self, layer: "GiftLinear", x: Tensor) -> Tensor:
+        """Return what to add to the input of a layer that takes its residual there."""
         ...
 
     def move_generators(self, adapter: str, device: torch.device) -> None:
@@ -44,7 +61,8 @@ class GiftLinear(nn.Module, BaseTunerLayer):
     `GiftModel` and are reached through a plain object, so that nothing is registered or stored twice.
 
     Args:
-        base_layer: The frozen `nn.Linear` or transformers `Conv1D` (whose stored weight is transposed).
+        base_layer: The frozen `nn.Linear`, also one that bitsandbytes or torchao quantised, or transformers `Conv1D`
+            (whose stored weight is transposed).
         name: Dotted name of the layer in the wrapped model.
         source: Where the factors come from.
     """
@@ -66,9 +84,10 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.gift_original_weight: Tensor | None
         self.register_buffer("gift_original_weight", None, persistent=False)
+        self.gift_original_stored: Stored | None = None  # of a quantised layer that is merged
         self.is_transposed = isinstance(base_layer, Conv1D)
-        rows = base_layer.weight.shape[1 if self.is_transposed else 0]  # type: ignore[union-attr]
-        self.out_features, self.in_features = int(rows), int(base_layer.weight.numel() // rows)  # type: ignore
+        self.is_quantised = is_quantised(base_layer)
+        self.out_features, self.in_features = weight_shape(base_layer)
 
     def add_adapter(self, adapter_name: str, parts: tuple[str | None, ...], scaling: float | int, apply: str) -> None:
         """Let the adapter change this layer, or only the given parts of a fused layer."""
@@ -99,12 +118,30 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         if adapter_name in self.gift_scaling:
             self.gift_scaling[adapter_name] = scale * self.gift_default_scaling[adapter_name]
 
-    def frozen_weight(self, part: str | None = None) -> Float[Tensor, "rows in_features"]:
-        """Return the original weight, or its rows for one part of a fused layer, as a view; also while merged."""
+    def frozen_weight(
+        self, part: str | None = None
+    ) -> Float[Tensor, "rows in_features"] | QuantisedWeight | ShardedWeight:
+        """Return the original weight, or its rows for one part of a fused layer, as a view; also while merged.
+
+        Raises:
+            RuntimeError: If the weight is not there, because it was flattened or gathered elsewhere.
+        """
+        if self.is_quantised:
+            rows = self.out_features if part is None else self.out_features // len(PARTS)
+            stored = self.gift_original_stored or stored_weight(self.base_layer)
+            return QuantisedWeight(stored, torch.Size((rows, self.in_features)), part)
         original = self.gift_original_weight
         weight = (self.weight if original is None else original).detach()
         weight = weight.T if self.is_transposed else weight
-        return weight if part is None else weight.chunk(len(PARTS))[PARTS.index(part)]
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            raise RuntimeError(
+                f"The weight of {self.gift_name} has shape {tuple(weight.shape)} instead of "
+                f"{(self.out_features, self.in_features)}: FSDP1 and DeepSpeed ZeRO-3 keep frozen weights where a "
+                "generator cannot read them. Use FSDP2 (fully_shard, or fsdp_version 2 in accelerate) or DDP."
+            )
+        if isinstance(weight, DTensor):
+            return ShardedWeight(weight, part)
+        return rows_of_part(weight, part)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the scaled residual of one adapter in the layout of the stored weight and the generator's dtype.
@@ -129,10 +166,13 @@ class GiftLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output for `x` (..., in_features), with the residuals of the adapters in effect."""
         if self.disable_adapters and self.merged:
+            self._refuse_to_unmerge_while_exported()
             self.unmerge()
         adapters = self.adapters_in_effect
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
+        if self.acts_on_input:
+            return self.base_layer(x + self.gift_source.input_residual(self, x), *args, **kwargs)
         factors = self.gift_source.factors(self)
         left = factors.left.to(device=x.device, dtype=x.dtype)
         right = factors.right.to(device=x.device, dtype=x.dtype)
@@ -143,6 +183,17 @@ class GiftLinear(nn.Module, BaseTunerLayer):
             return functional.linear(x, self._dense_weight(factors, weight), self.bias)
         dense = self._may_be_dense(adapters) and self._is_dense(adapters, x.numel() // x.shape[-1])
         return adapted_linear(x, weight, self.bias, left, right, dense)
+
+    @property
+    def acts_on_input(self) -> bool:
+        """Whether x W^T + x dW^T is computed as (x + x psi^T phi^T) W^T, for which W need not be dequantised."""
+        return self.is_quantised and all(
+            self.gift_parts[name] == (None,) and self._generators_of(name)[0].is_input_map
+            for name in self.adapters_in_effect
+        )
+
+    def _generators_of(self, adapter: str) -> list[Any]:
+        return list(self.gift_generators[adapter].children())
 
     def _is_plain(self, x: Tensor) -> bool:
         """Return whether the frozen product can be computed here, without calling the base layer.
@@ -169,7 +220,15 @@ class GiftLinear(nn.Module, BaseTunerLayer):
     def _is_dense(self, adapters: list[str], tokens: int) -> bool:
         if any(self.gift_apply[name] == "dense" for name in adapters):
             return True
-        return dense_is_faster(tokens, self.out_features)
+        # An exported program serves batches of any size, and must not hold the choice for one of them.
+        return not torch.compiler.is_exporting() and dense_is_faster(tokens, self.out_features)
+
+    def _refuse_to_unmerge_while_exported(self) -> None:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "The adapters are merged and disabled, so the original weights would have to be restored while the "
+                "model is being exported. Call unmerge_adapter() first."
+            )
 
     def _dense_weight(self, factors: LayerFactors, weight: Tensor) -> Tensor:
         """Return W + dW, formed once for factors that are kept."""
@@ -198,6 +257,10 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         merged = self._merged_weight([*self.merged_adapters, *new])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"Merging {new} into {self.gift_name} gives NaN or infinite weights: not merged.")
+        if self.is_quantised:
+            self._merge_quantised(merged)
+            self.merged_adapters.extend(new)
+            return
         stored = self.weight.data
         if self.gift_original_weight is None:
             self.gift_original_weight = stored.clone()
@@ -206,11 +269,31 @@ class GiftLinear(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _merged_weight(self, adapters: list[str]) -> Float[Tensor, "out_features in_features"]:
+        weight = self.frozen_weight()
+        if isinstance(weight, ShardedWeight):
+            raise RuntimeError(
+                f"The weight of {self.gift_name} is sharded over processes, so nothing was merged. Save the adapter, "
+                "load it onto the backbone in one process, and merge there."
+            )
         factors = self.gift_source.generate([self], adapters)[self.gift_name]
-        return _add_residual(self.frozen_weight(), factors)
+        return _add_residual(weight.dense() if isinstance(weight, QuantisedWeight) else weight, factors)
+
+    def _merge_quantised(self, merged: Float[Tensor, "out_features in_features"]) -> None:
+        original = self.gift_original_stored or stored_weight(self.base_layer)
+        warnings.warn(
+            f"Merging into {self.gift_name} quantises the merged weight again, which rounds the residual: outputs "
+            "differ from those of the unmerged adapter.",
+            stacklevel=2,
+        )
+        requantise(self.base_layer, merged, self.gift_source.torchao_config)
+        self.gift_original_stored = original
 
     def unmerge(self) -> None:
         """Restore the original weight bit for bit, whatever was merged."""
+        if self.gift_original_stored is not None:
+            restore_weight(self.base_layer, self.gift_original_stored)
+            self.gift_original_stored = None
+            self.merged_adapters.clear()
         if self.gift_original_weight is None:
             return
         stored = self.weight.data

@@ -1,22 +1,32 @@
 """The tuner: find the targets, share generators among them, follow the life of every adapter."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gift.tuner.config import GiftConfig
 from gift.tuner.generator import WeightGenerator
 from gift.tuner.layer import GiftLinear
-from gift.tuner.saving import check_folder, check_tensors, fingerprint, warn_about_other_weights
+from gift.tuner.saving import (
+    check_can_be_saved,
+    check_folder,
+    check_tensors,
+    embedding_tensors,
+    fingerprint,
+    name_parts,
+    stored_tensors,
+    warn_about_other_weights,
+)
 from gift.tuner.scope import FactorSource
-from gift.tuner.targets import Target, find_modules_to_save, find_targets, matches
-
-GENERATORS_KEY = "base_model.gift_generators."
+from gift.tuner.targets import Target, check_not_sharded, find_modules_to_save, find_targets, matches
+from gift.tuner.weights import QuantisedWeight, ShardedWeight, rows_of_part, stop_repacking
 
 
 class GiftModel(BaseTuner):
@@ -44,8 +54,9 @@ class GiftModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.gift_generators = nn.ModuleDict()
-        self.gift_source = FactorSource(self.gift_generators)
+        self.gift_source = FactorSource(self.gift_generators, torchao_config=_torchao_config(model))
         self._gift_hooks: list[Any] = []
+        self._gift_not_repacked: list[Any] = []
         self._gift_planned: dict[str, set[str]] = {}  # by adapter, the names of its target layers
 
     def inject_adapter(
@@ -73,13 +84,14 @@ class GiftModel(BaseTuner):
         config: GiftConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         targets = find_targets(model, config)
         modules_to_save = find_modules_to_save(model, config, targets)
+        check_not_sharded(model, modules_to_save)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             generators, groups = _make_generators(model, config, targets)
-        stored = _stored_tensors(model, generators, modules_to_save)
+        stored = stored_tensors(model, generators, modules_to_save)
         self._check_adapter_name(model, adapter_name, generators, stored)
         folder = config.folder_being_loaded()
         if folder is not None:
-            check_folder(folder, stored, _embedding_tensors(model, "base_model.model."))
+            check_folder(folder, stored, embedding_tensors(model, "base_model.model."))
         config.modules_to_save = modules_to_save or None  # PEFT wants None where there are none ...
         self._inject(model, adapter_name, targets, generators, groups)
         config.modules_to_save = modules_to_save  # ... and a stored [] says that none were looked up
@@ -91,11 +103,11 @@ class GiftModel(BaseTuner):
 
         It saves what has no part that is called like another adapter.
         """
-        clashes = {adapter_name} & (_parts(generators.state_dict()) | {"gift_generators"})
+        clashes = {adapter_name} & (name_parts(generators.state_dict()) | {"gift_generators"})
         for other in set(self.peft_config) - {adapter_name}:
             config: Any = self.peft_config[other]
-            stored_by_other = _stored_tensors(model, self.gift_generators[other], config.modules_to_save)  # type: ignore
-            clashes |= ({adapter_name} & _parts(stored_by_other)) | ({other} & _parts(stored))
+            stored_by_other = stored_tensors(model, self.gift_generators[other], config.modules_to_save)  # type: ignore
+            clashes |= ({adapter_name} & name_parts(stored_by_other)) | ({other} & name_parts(stored))
         if clashes:
             raise ValueError(
                 f"An adapter cannot be called {clashes.pop()!r} here, which names a part of the generators or of the "
@@ -112,6 +124,7 @@ class GiftModel(BaseTuner):
     ) -> None:
         """Change the model, through PEFT; everything was checked before."""
         config: Any = self.peft_config[adapter_name]
+        self._gift_not_repacked += stop_repacking(self.model)
         trainable = {p: p.requires_grad for p in self.gift_generators.parameters()}
         self.gift_generators[adapter_name] = generators
         self.gift_source.groups[adapter_name] = groups
@@ -162,11 +175,9 @@ class GiftModel(BaseTuner):
 
     def _add_hooks(self) -> None:
         if not self._gift_hooks:
-            source = self.gift_source
-            self._gift_hooks = [
-                self.model.register_forward_pre_hook(source.open_scope),
-                self.model.register_forward_hook(source.close_scope, always_call=True),
-            ]
+            opening = self.model.register_forward_pre_hook(self.gift_source.open_scope)
+            closing = self.model.register_forward_hook(self.gift_source.close_scope, always_call=True)
+            self._gift_hooks = [opening, closing]
 
     # ---- living --------------------------------------------------------------------------------------------------
 
@@ -214,6 +225,13 @@ class GiftModel(BaseTuner):
                 parent = self.model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], layer.base_layer)
                 del self.gift_source.layers[name]
+        if not self.gift_source.layers:
+            self._allow_repacking()
+
+    def _allow_repacking(self) -> None:
+        for layer in self._gift_not_repacked:
+            layer.support_avx512bf16_for_cpu = True
+        self._gift_not_repacked = []
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -250,6 +268,7 @@ class GiftModel(BaseTuner):
         for hook in self._gift_hooks:
             hook.remove()
         self._gift_hooks = []
+        self._allow_repacking()
         return model  # type: ignore[return-value]
 
     @contextmanager
@@ -265,12 +284,25 @@ class GiftModel(BaseTuner):
 
     # ---- saving and loading --------------------------------------------------------------------------------------
 
-    def fingerprints(self, adapter_name: str) -> dict[str, list[float]]:
-        """Return 16 numbers for the frozen weight of every target of an adapter, by the target's name."""
-        layers = self.gift_source.layers
+    def fingerprints(self, adapter_name: str, gathered: Mapping[str, Tensor] | None = None) -> dict[str, list[float]]:
+        """Return 16 numbers for the frozen weight of every target of an adapter, by the target's name.
+
+        Weights on the meta device are left out, and sharded ones that are not in the `gathered` state of the PeftModel.
+        """
         targets = [target for group in self.gift_source.groups[adapter_name].values() for target in group]
-        weights = {str(target): layers[target.layer].frozen_weight(target.part) for target in targets}
-        return {name: fingerprint(weight) for name, weight in weights.items() if weight.device.type != "meta"}
+        weights = {str(target): self._whole_weight(target, gathered or {}) for target in targets}
+        return {name: fingerprint(weight) for name, weight in weights.items() if weight is not None}
+
+    def _whole_weight(self, target: Target, gathered: Mapping[str, Tensor]) -> Tensor | None:
+        layer = self.gift_source.layers[target.layer]
+        weight = layer.frozen_weight(target.part)
+        if isinstance(weight, ShardedWeight):
+            stored = gathered.get(f"base_model.model.{target.layer}.base_layer.weight")
+            if stored is None or isinstance(stored, DTensor):
+                return None
+            return rows_of_part(stored.T if layer.is_transposed else stored, target.part)
+        dense = weight.dense() if isinstance(weight, QuantisedWeight) else weight
+        return None if dense.device.type == "meta" else dense
 
     @classmethod
     def _get_adapter_state_dict(
@@ -281,7 +313,8 @@ class GiftModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
-        config.fingerprint = _tuner_of(model).fingerprints(adapter_name)
+        check_can_be_saved(model, adapter_name, config.modules_to_save or [], state_dict)
+        config.fingerprint = _tuner_of(model).fingerprints(adapter_name, state_dict)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -301,7 +334,7 @@ class GiftModel(BaseTuner):
             for name, tensor in model.state_dict().items()
             if belongs[0] in name and any(part + adapter_name + "." in name for part in belongs[1:])
         }
-        allowed = _embedding_tensors(tuner.model, "base_model.model.")
+        allowed = embedding_tensors(tuner.model, "base_model.model.")
         check_tensors(remapped, expected, allowed, f"The stored adapter {adapter_name!r}")
         if config.fingerprint:
             warn_about_other_weights(config.fingerprint, tuner.fingerprints(adapter_name))
@@ -327,6 +360,12 @@ def _check_without_adapters(model: nn.Module) -> None:
             )
 
 
+def _torchao_config(model: nn.Module) -> Any:
+    """Return what transformers quantised the model with through torchao, or None."""
+    config: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return config.get_apply_tensor_subclass() if hasattr(config, "get_apply_tensor_subclass") else None
+
+
 def _make_generators(
     model: nn.Module, config: GiftConfig, targets: list[Target]
 ) -> tuple[nn.ModuleDict, dict[str, list[Target]]]:
@@ -335,7 +374,7 @@ def _make_generators(
     weights = {target: _weight_of(model, target) for target in targets}
     groups: dict[str, list[Target]] = {}
     for target, weight in weights.items():
-        groups.setdefault(group_name(config, options.binds_tokens, target, weight), []).append(target)
+        groups.setdefault(group_name(config, options.binds_tokens, target, weight.shape), []).append(target)
     generators = nn.ModuleDict()
     for group, members in groups.items():
         first = weights[members[0]]
@@ -348,39 +387,14 @@ def _make_generators(
     return generators, groups
 
 
-def _weight_of(model: nn.Module, target: Target) -> Tensor:
+def _weight_of(model: nn.Module, target: Target) -> Tensor | QuantisedWeight | ShardedWeight:
     layer = model.get_submodule(target.layer)
     view = layer if isinstance(layer, GiftLinear) else GiftLinear(layer, target.layer, FactorSource(nn.ModuleDict()))
     return view.frozen_weight(target.part)
 
 
-def group_name(config: GiftConfig, binds_tokens: bool, target: Target, weight: Tensor) -> str:
+def group_name(config: GiftConfig, binds_tokens: bool, target: Target, shape: torch.Size) -> str:
     """Return which targets share a generator: `all-768`, or with the rows where a generator binds them."""
     label = {"all": "all", "kind": target.kind, "layer": str(target)}[config.share].replace(".", ":")
-    rows, columns = weight.shape
+    rows, columns = shape
     return f"{label}-{rows}x{columns}" if binds_tokens else f"{label}-{columns}"
-
-
-def _parts(tensors: dict[str, Tensor]) -> set[str]:
-    return {part for name in tensors for part in name.split(".")}
-
-
-def _stored_tensors(model: nn.Module, generators: nn.ModuleDict, modules_to_save: list[str]) -> dict[str, Tensor]:
-    """Return the tensors a stored adapter must hold, by the names PEFT stores them under."""
-    stored = {GENERATORS_KEY + name: tensor for name, tensor in generators.state_dict().items()}
-    for name, module in model.named_modules():
-        if name and any(name.endswith(save) for save in modules_to_save):
-            original = getattr(module, "original_module", module)
-            stored |= {f"base_model.model.{name}.{key}": tensor for key, tensor in original.state_dict().items()}
-    return stored
-
-
-def _embedding_tensors(model: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Return the input and output embeddings, which PEFT stores with an adapter when asked to or when resized."""
-    embeddings = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(AttributeError, NotImplementedError):
-            embeddings.append(getattr(model, getter)())
-    names = [name for name, module in model.named_modules() if any(module is found for found in embeddings)]
-    tensors = model.state_dict()
-    return {prefix + key: tensor for key, tensor in tensors.items() for name in names if key.startswith(f"{name}.")}

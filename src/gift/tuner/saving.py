@@ -1,20 +1,49 @@
 """What is stored of an adapter, and the checks before a stored one is loaded."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from jaxtyping import Float, Int64
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+GENERATORS_KEY = "base_model.gift_generators."
 WEIGHTS_FILES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 FINGERPRINT_SIDE = 4  # a weight is remembered by 4 x 4 numbers: enough to estimate how far another one is from it
 SAME_WEIGHTS = 4e-3  # relative deviation up to which weights count as the same: a cast to bf16 gives 1.7e-3
+
+
+def name_parts(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Return what stands between the dots of the names."""
+    return {part for name in tensors for part in name.split(".")}
+
+
+def stored_tensors(model: nn.Module, generators: nn.ModuleDict, modules_to_save: list[str]) -> dict[str, Tensor]:
+    """Return the tensors a stored adapter must hold, by the names PEFT stores them under."""
+    stored = {GENERATORS_KEY + name: tensor for name, tensor in generators.state_dict().items()}
+    for name, module in model.named_modules():
+        if name and any(name.endswith(save) for save in modules_to_save):
+            original = getattr(module, "original_module", module)
+            stored |= {f"base_model.model.{name}.{key}": tensor for key, tensor in original.state_dict().items()}
+    return stored
+
+
+def embedding_tensors(model: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Return the input and output embeddings, which PEFT stores with an adapter when asked to or when resized."""
+    embeddings = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):
+            embeddings.append(getattr(model, getter)())
+    names = [name for name, module in model.named_modules() if any(module is found for found in embeddings)]
+    tensors = model.state_dict()
+    return {prefix + key: tensor for key, tensor in tensors.items() for name in names if key.startswith(f"{name}.")}
 
 
 def check_tensors(
@@ -59,6 +88,29 @@ def check_folder(folder: Path, expected: Mapping[str, Tensor], allowed: Mapping[
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
         raise ValueError(f"{path} is damaged and cannot be read ({error}); nothing was loaded.") from error
     check_tensors(stored, expected, allowed, str(path))
+
+
+def check_can_be_saved(
+    model: nn.Module, adapter_name: str, modules_to_save: Sequence[str], state_dict: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError if a part of an adapter would be missing from its file, or only a shard of it be there."""
+    wrapped = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    )
+    for name, _ in model.named_modules():
+        is_wrapped = f"{name}.".startswith(wrapped) if wrapped else False
+        if any(name.endswith(save) for save in modules_to_save) and not is_wrapped:
+            raise ValueError(
+                f"{name} was replaced after the adapter was made (by reset_classifier?), so it would not be saved. "
+                "Reset the head of the backbone first, then call get_peft_model."
+            )
+    sharded = [name for name, tensor in state_dict.items() if isinstance(tensor, DTensor) and adapter_name in name]
+    if sharded:
+        raise ValueError(
+            f"{sharded[0]} is sharded over processes. Gather the state on all of them, then save it on one: state = "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)); "
+            "model.save_pretrained(folder, state_dict=state)."
+        )
 
 
 def fingerprint(weight: Float[Tensor, "rows columns"]) -> list[float]:

@@ -17,17 +17,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from gift.tuner.generator import Factors
-from gift.tuner.layer import PARTS, GiftLinear
+from gift.tuner.layer import GiftLinear
+from gift.tuner.processes import is_distributed, refuse_gradients_kept_apart, refuse_reentrant
 from gift.tuner.products import LayerFactors
 from gift.tuner.targets import Target
+from gift.tuner.weights import PARTS, QuantisedWeight, ShardedWeight
 
 
 @dataclass
 class _Scope:
-    """The factors of one forward pass, and whether gradients flow back through them."""
+    """The layers adapted in one forward pass, the factors made for them, and whether gradients flow through them."""
 
+    layers: list[str]
     factors: dict[str, LayerFactors]
     has_graph: bool
 
@@ -38,7 +43,7 @@ class _Kept:
 
     factors: LayerFactors
     adapters: tuple[tuple[str, float | int], ...]
-    probe: Tensor
+    probe: Tensor | None  # None for a sharded weight
 
 
 @dataclass
@@ -51,11 +56,13 @@ class FactorSource:
         generators: Adapter -> group of targets -> `WeightGenerator`, as nested module dicts.
         layers: The adapted layers by name.
         groups: Adapter -> group -> the targets that its generator serves.
+        torchao_config: What transformers quantised the model with through torchao, or None.
     """
 
     generators: nn.ModuleDict
     layers: dict[str, GiftLinear] = field(default_factory=dict)
     groups: dict[str, dict[str, list[Target]]] = field(default_factory=dict)
+    torchao_config: Any = None
 
     def __post_init__(self) -> None:
         """Start with nothing generated."""
@@ -75,7 +82,8 @@ class FactorSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what belongs to a forward pass."""
-        return {"generators": self.generators, "layers": self.layers, "groups": self.groups, "_checked": self._checked}
+        lasting = ("generators", "layers", "groups", "torchao_config", "_checked")
+        return {name: self.__dict__[name] for name in lasting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore with nothing generated."""
@@ -149,7 +157,7 @@ class FactorSource:
         trusted = self._pinned.get(_thread(), set())
         if not trusted and not self._same_parameters():
             self._kept.clear()
-            self._kept_parameters = [parameter.detach().clone() for parameter in self.generators.parameters()]
+            self._kept_parameters = self._copy_parameters()
         names = [layer.gift_name for layer in layers]
         kept = {name: self._kept.get(name) for name in names}
         stale = [layer for layer in layers if not _is_valid(kept[layer.gift_name], layer, layer.gift_name in trusted)]
@@ -164,10 +172,17 @@ class FactorSource:
     def _same_parameters(self) -> bool:
         """Compare the generators' parameters by value: writes through `.data` leave no other trace."""
         current = list(self.generators.parameters())
+        if any(isinstance(parameter, DTensor) for parameter in current):
+            return False  # no process knows what changed in the others
         return len(current) == len(self._kept_parameters) and all(
             new.dtype == old.dtype and new.device == old.device and torch.equal(new, old)
             for new, old in zip(current, self._kept_parameters, strict=True)
         )
+
+    def _copy_parameters(self) -> list[Tensor]:
+        parameters = list(self.generators.parameters())
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+        return [] if is_sharded else [parameter.detach().clone() for parameter in parameters]
 
     @contextmanager
     def pin(self) -> Iterator[None]:
@@ -190,8 +205,12 @@ class FactorSource:
         if not layers:
             return
         has_graph = self._need_graph(layers)
-        self._scopes[_thread()] = _Scope(self._generate_or_reuse(layers), has_graph)
-        self._reentrant.clear()
+        if has_graph and not torch.compiler.is_compiling() and is_distributed():
+            refuse_gradients_kept_apart(module, self.generators)
+        factors = self._generate_or_reuse([layer for layer in layers if not layer.acts_on_input])
+        self._scopes[_thread()] = _Scope([layer.gift_name for layer in layers], factors, has_graph)
+        if has_graph:
+            self._reentrant.clear()
         if has_graph and self._kept and not torch.compiler.is_compiling():
             self._kept.clear()  # training goes on: free W + dW
 
@@ -207,7 +226,7 @@ class FactorSource:
         if scope.has_graph:
             self._from_scope = {name: factors.detached() for name, factors in scope.factors.items()}
         if output is not None:
-            self._check_called(module, set(scope.factors))
+            self._check_called(module, set(scope.layers))
 
     def _check_called(self, model: nn.Module, names: set[str]) -> None:
         checked = self._checked.setdefault((model.training, torch.is_grad_enabled()), set())
@@ -230,18 +249,38 @@ class FactorSource:
             return self.generate([layer])[name] if scope is None else scope.factors[name]
         is_recomputing = torch._C._current_graph_task_id() != -1
         if scope is not None and name in scope.factors:
-            self._called.add(name)
-            if scope.has_graph and not torch.is_grad_enabled():
-                _refuse_reentrant_with_ddp()
-                self._reentrant.add(name)
+            self._note_call(name, scope)
             return scope.factors[name]
         if is_recomputing and name in self._from_scope and name not in self._reentrant:
-            return self._from_scope[name]
+            return _refusing_gradients(self._from_scope[name])
         if not is_recomputing:
             self._called.add(name)
             if torch.is_grad_enabled():
                 self._from_scope.pop(name, None)  # this call, not the last scope's, is what could be recomputed
         return self._generate_or_reuse([layer])[name]
+
+    def _note_call(self, name: str, scope: _Scope) -> None:
+        self._called.add(name)
+        if scope.has_graph and not torch.is_grad_enabled():
+            refuse_reentrant()
+            self._reentrant.add(name)
+
+    def input_residual(self, layer: GiftLinear, x: Tensor) -> Tensor:
+        """Return what to add to the input of a layer: x psi^T phi^T, summed over the adapters in effect."""
+        scope = self._scopes.get(_thread())
+        if scope is not None and not torch.compiler.is_compiling():
+            self._note_call(layer.gift_name, scope)
+        residual = torch.zeros_like(x)
+        for adapter in layer.adapters_in_effect:
+            generator: Any = self._generator_of(adapter, layer)
+            psi, phi = (matrix.to(x) for matrix in (generator.recover, generator.reduce.weight))
+            residual = residual + layer.gift_scaling[adapter] * (x @ psi.T @ phi)
+        return residual
+
+    def _generator_of(self, adapter: str, layer: GiftLinear) -> nn.Module:
+        groups = self.groups[adapter].items()
+        group = next(group for group, targets in groups if any(target.layer == layer.gift_name for target in targets))
+        return self.generators[adapter][group]  # type: ignore[index]
 
 
 def _thread() -> int:
@@ -258,18 +297,20 @@ def _has_compiled_parts(model: nn.Module) -> bool:
     )
 
 
-def _refuse_reentrant_with_ddp() -> None:
-    """Raise RuntimeError in a process group: DDP would reduce the generator's gradients before all are added."""
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
+def _refusing_gradients(factors: LayerFactors) -> LayerFactors:
+    """Return leaves for a recomputation that only compares what was saved; gradients that end in them would be lost."""
+
+    def refuse(_: Tensor) -> None:
         raise RuntimeError(
-            "An adapted layer was called without gradients inside a forward pass with gradients, as reentrant "
-            "checkpointing does. Its recomputation gives wrong gradients of the shared generator across processes. "
-            "Use non-reentrant checkpointing: gradient_checkpointing_kwargs={'use_reentrant': False}."
+            "A checkpointed region was recomputed after another forward pass with gradients, and gradients of the "
+            "generator would be lost. Call backward() before the next forward, or use non-reentrant checkpointing: "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
+
+    for factor in (factors.left, factors.right):
+        if factor.requires_grad:
+            factor.register_hook(refuse)
+    return factors
 
 
 def _left_by_layer(targets: list[Target], factors: Factors) -> dict[str, Tensor]:
@@ -300,6 +341,8 @@ def _is_valid(kept: _Kept | None, layer: GiftLinear, trusted: bool) -> bool:
     if trusted:
         return True
     probe = _probe(layer)
+    if probe is None or kept.probe is None:
+        return False  # no process knows what changed in the others
     same_place = (probe.dtype, probe.device) == (kept.probe.dtype, kept.probe.device)
     return same_place and torch.equal(probe, kept.probe)
 
@@ -308,13 +351,29 @@ def _adapters_of(layer: GiftLinear) -> tuple[tuple[str, float | int], ...]:
     return tuple((adapter, layer.gift_scaling[adapter]) for adapter in layer.adapters_in_effect)
 
 
-def _probe(layer: GiftLinear) -> Tensor:
+def _probe(layer: GiftLinear) -> Tensor | None:
     """Return one number per row of the frozen weight, which changes when an entry does (also through `.data`).
+
+    None for a sharded weight. Of a quantised weight the stored numbers and their scales are probed.
 
     Every entry counts with a factor between 0.5 and 2.5, in float32 at least: a change that the probe's rounding hides
     is below the rounding of the layer's own product.
     """
     weight = layer.frozen_weight()
+    if isinstance(weight, ShardedWeight):
+        return None
+    if isinstance(weight, QuantisedWeight):
+        return torch.cat([_probe_rows(_as_rows(tensor)).flatten() for tensor in weight.raw()])
+    return _probe_rows(weight)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """Return a tensor of any shape as rows of at most 1024 numbers, the last one filled up with zeros."""
+    flat = tensor.detach().flatten()
+    return functional.pad(flat, (0, -len(flat) % min(len(flat), 1024))).view(-1, min(len(flat), 1024))
+
+
+def _probe_rows(weight: Tensor) -> Tensor:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     phases = torch.arange(weight.shape[1], device=weight.device, dtype=torch.float32) * 12.9898
     return weight.to(dtype) @ (1.5 + phases.sin()).to(dtype)

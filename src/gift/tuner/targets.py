@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from gift.backbones import classification_heads, default_targets, fused_parts, reads_weight_directly
 from gift.tuner.config import GiftConfig
-from gift.tuner.layer import PARTS, GiftLinear
+from gift.tuner.layer import GiftLinear
+from gift.tuner.weights import PARTS, is_quantised, weight_shape
 
 
 class Target(NamedTuple):
@@ -72,6 +74,16 @@ def find_modules_to_save(model: nn.Module, config: GiftConfig, targets: list[Tar
     if missing and config.task_type is None:  # with a task type PEFT adds names of its own that need not all exist
         raise ValueError(f"modules_to_save names {missing}, but the model has no such modules.{_near(missing, names)}")
     return list(config.modules_to_save)
+
+
+def check_not_sharded(model: nn.Module, modules_to_save: list[str]) -> None:
+    """Raise ValueError if a module to be trained as a whole is sharded already: PEFT makes a copy, which cannot be."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and any(name.rpartition(".")[0].endswith(save) for save in modules_to_save):
+            raise ValueError(
+                f"{name} is sharded over processes already, and PEFT cannot copy it to train it. Adapt the model "
+                "before it is sharded, or train no such module: modules_to_save=[]."
+            )
 
 
 def matches(config: GiftConfig, name: str) -> Any:
@@ -179,8 +191,11 @@ def _check_layer(model: nn.Module, name: str, parts: set[str | None]) -> None:
             f"target_modules selects {name}, a {type(layer).__name__}: GIFT adapts linear layers (nn.Linear, "
             f"transformers Conv1D). Write more of the name, or exclude it with exclude_modules=['{name}']."
         )
-    if not layer.weight.is_floating_point():
-        raise ValueError(f"{name} holds a quantised weight ({layer.weight.dtype}): GIFT needs floating-point weights.")
+    if not (layer.weight.is_floating_point() or is_quantised(layer)):
+        raise ValueError(
+            f"{name} holds a weight of {layer.weight.dtype}: GIFT reads floating-point weights, and those quantised "
+            "by bitsandbytes (8 and 4 bit) or torchao."
+        )
     if reads_weight_directly(parent, name.rpartition(".")[2]):
         raise ValueError(
             f"{type(parent).__name__} reads the weight of {name} without calling the layer, so an adapter there would "
@@ -194,7 +209,7 @@ def _check_parts(name: str, layer: nn.Linear | Conv1D, parts: set[str | None]) -
     if not named:
         return
     known = fused_parts(name)
-    out_features = layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
+    out_features, _ = weight_shape(layer)
     if not named <= set(known) or out_features % len(PARTS):
         raise ValueError(
             f"target_modules names part {', '.join(sorted(named))} of {name} ({out_features} rows), which has "
@@ -221,6 +236,6 @@ def describe_linear_layers(model: nn.Module) -> str:
     kinds: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
-            key = (re.sub(r"\b\d+(?=\.|$)", "N", name), tuple(module.weight.shape))
+            key = (re.sub(r"\b\d+(?=\.|$)", "N", name), weight_shape(module))
             kinds[key] = kinds.get(key, 0) + 1
     return "\n".join(f"  {name} {tuple(shape)}, {count} times" for (name, shape), count in kinds.items())

@@ -1,0 +1,236 @@
+"""Frozen weights as a generator reads them: plain, quantised, or sharded over processes.
+
+All that a generator needs of a weight is its product with a small matrix. A quantised weight is dequantised for that
+product and forgotten; the rows of a sharded weight are reduced where they lie, and only the products are gathered.
+"""
+
+import importlib
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from transformers.pytorch_utils import Conv1D
+
+from gift.tuner.generator import reduce_weight
+
+PARTS = ("q", "k", "v")  # the parts of a fused layer, one after the other along the output
+
+
+class Stored(NamedTuple):
+    """What a layer holds of its weight: the parameter, and the scales that bitsandbytes' 8-bit layers keep apart."""
+
+    weight: Tensor
+    scales: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QuantisedWeight:
+    """A weight of bitsandbytes (8 and 4 bit) or torchao, or one part of its rows; dequantised as PEFT does it.
+
+    Attributes:
+        stored: What the layer holds.
+        shape: Rows and columns of the weight, or of the part.
+        part: Which third of the rows this is; None for all.
+    """
+
+    stored: Stored
+    shape: torch.Size
+    part: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.stored.weight.device
+
+    def dense(self) -> Float[Tensor, "out_features in_features"]:
+        """Return the weight dequantised.
+
+        Raises:
+            NotImplementedError: If torchao cannot dequantise this kind of weight.
+        """
+        weight: Any = self.stored.weight
+        if get_bnb_param_type(weight):
+            dense = dequantize_bnb_weight(weight, state=SimpleNamespace(SCB=self.stored.scales))
+        else:
+            dense = weight.dequantize()
+        return rows_of_part(dense.detach(), self.part)
+
+    def times(self, matrix: Float[Tensor, "rank in_features"]) -> Float[Tensor, "out_features rank"]:
+        """Return weight @ matrix^T in the matrix's dtype; no dense weight is kept for the backward pass."""
+        return _QuantisedProduct.apply(self, matrix)  # type: ignore[return-value]
+
+    def raw(self) -> list[Tensor]:
+        """Return the plain tensors that make up the weight, to see whether it was changed."""
+        weight: Any = self.stored.weight
+        if get_bnb_param_type(weight) == "4bit":
+            return [weight.detach(), weight.quant_state.absmax]
+        if self.stored.scales is not None:
+            return [weight.detach(), self.stored.scales]
+        inner, _ = weight.__tensor_flatten__()
+        return [getattr(weight, name) for name in inner if getattr(weight, name) is not None]
+
+
+class _QuantisedProduct(torch.autograd.Function):
+    """The product of a quantised weight with a matrix; the weight is dequantised again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: QuantisedWeight, matrix: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.dense().to(matrix.dtype) @ matrix.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0].T @ ctx.weight.dense().to(gradients[0].dtype)
+
+
+@dataclass(frozen=True)
+class ShardedWeight:
+    """A weight whose rows are distributed over processes (FSDP2), or one part of its rows.
+
+    Attributes:
+        weight: The distributed weight.
+        part: Which third of the rows this is; None for all.
+    """
+
+    weight: DTensor
+    part: str | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Rows and columns of the whole weight, or of the part."""
+        rows, columns = self.weight.shape
+        return torch.Size((rows if self.part is None else rows // len(PARTS), columns))
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process holds its rows."""
+        return self.weight.device
+
+    def times(self, matrix: Float[Tensor, "rank in_features"]) -> Float[Tensor, "out_features rank"]:
+        """Return weight @ matrix^T of all rows, in the matrix's dtype.
+
+        Every process reduces its own rows, and (rows, rank) numbers are gathered instead of (rows, in_features). In
+        the backward pass the gradients of the products are summed over the processes, each of which then adds what its
+        rows contribute. So the gradients of `matrix` differ between the processes, but their *mean*, which data
+        parallelism takes anyway, is that of the whole weight.
+
+        Raises:
+            RuntimeError: If the weight is distributed in another way than by rows.
+        """
+        placements = self.weight.placements
+        if not all(placement in (Shard(0), Replicate()) for placement in placements):
+            raise RuntimeError(
+                f"A frozen weight is distributed as {placements}; GIFT reads weights whose rows are sharded, as "
+                "fully_shard (FSDP2) does by default. Use no tensor parallelism on adapted layers."
+            )
+        products = reduce_weight(self.weight.to_local(), matrix)
+        shape = torch.Size((self.weight.shape[0], matrix.shape[0]))
+        gathered = DTensor.from_local(
+            products, self.weight.device_mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1)
+        )
+        summed = [Partial() if placement == Shard(0) else Replicate() for placement in placements]
+        return rows_of_part(gathered.full_tensor(grad_placements=summed), self.part)
+
+
+def rows_of_part(rows: Float[Tensor, "out_features columns"], part: str | None) -> Float[Tensor, "_ columns"]:
+    """Return the rows of one part of a fused layer as a view; all rows if `part` is None."""
+    return rows if part is None else rows.chunk(len(PARTS))[PARTS.index(part)]
+
+
+# ---- what layers hold ------------------------------------------------------------------------------------------------
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Return whether the weight of a linear layer is one of bitsandbytes or torchao."""
+    weight = getattr(layer, "weight", None)
+    if weight is None:
+        return False
+    return bool(get_bnb_param_type(weight)) or type(weight).__module__.startswith("torchao.")
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return out_features and in_features of a linear layer, also where its weight is stored in another shape."""
+    if is_quantised(layer):
+        return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+    rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
+    return (int(columns), int(rows)) if isinstance(layer, Conv1D) else (int(rows), int(columns))
+
+
+def stored_weight(layer: Any) -> Stored:
+    """Return what a linear layer holds of its weight."""
+    if get_bnb_param_type(layer.weight) != "8bit":
+        return Stored(layer.weight)
+    scales = layer.state.SCB  # since the layer was first called; before, its parameter has them
+    return Stored(layer.weight, layer.weight.SCB if scales is None else scales)
+
+
+def restore_weight(layer: Any, stored: Stored) -> None:
+    """Give a quantised linear layer back what it held, bit for bit."""
+    weight: Any = stored.weight.to(layer.weight.device)
+    layer.weight = weight
+    if stored.scales is not None:
+        weight.CB, weight.SCB = weight.data, stored.scales.to(weight.device)
+        layer.state.reset_grads()
+        layer.state.CB = layer.state.SCB = None  # read from the parameter at the next call
+
+
+def requantise(layer: Any, dense: Float[Tensor, "out_features in_features"], torchao_config: Any) -> None:
+    """Quantise a weight as the layer's own is, and put it in its place, as PEFT does for LoRA.
+
+    Args:
+        layer: Linear layer of bitsandbytes or torchao.
+        dense: The new weight.
+        torchao_config: What transformers quantised with, for torchao.
+
+    Raises:
+        ValueError: If that is not known for a layer of torchao.
+    """
+    old = layer.weight
+    kind = get_bnb_param_type(old)
+    if not kind:
+        _requantise_torchao(layer, dense, torchao_config)
+        return
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")  # installed where there are such layers
+    parameter = bitsandbytes.nn.Int8Params if kind == "8bit" else bitsandbytes.nn.Params4bit
+    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module")
+    options = {"has_fp16_weights": False} if kind == "8bit" else {name: getattr(old, name) for name in names}
+    layer.weight = parameter(dense.to("cpu"), requires_grad=False, **options).to(old.device)
+    if kind == "8bit":
+        restore_weight(layer, Stored(layer.weight, layer.weight.SCB))
+
+
+def stop_repacking(model: nn.Module) -> list[Any]:
+    """Keep bitsandbytes from repacking 4-bit weights in the first evaluation on a CPU; return the layers concerned.
+
+    Repacked weights (bitsandbytes 0.50, CPUs with AVX512-BF16) give no gradients to their input any more, without
+    saying so, and cannot be dequantised.
+
+    Raises:
+        ValueError: If some were repacked already.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if getattr(layer, "support_avx512bf16_for_cpu", False)]
+    for layer in layers:
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "The model was evaluated on the CPU before it was adapted, for which bitsandbytes repacked its 4-bit "
+                "weights: they give no gradients any more. Load it again, and adapt it before you evaluate it."
+            )
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return layers
+
+
+def _requantise_torchao(layer: nn.Module, dense: Tensor, torchao_config: Any) -> None:
+    if torchao_config is None:
+        raise ValueError(
+            "The weights were quantised by torchao without transformers' TorchAoConfig, so it is not known how to "
+            "quantise merged ones. Load the model with quantization_config=TorchAoConfig(...), or do not merge."
+        )
+    torchao: Any = importlib.import_module("torchao")
+    layer.weight = nn.Parameter(dense, requires_grad=False)
+    torchao.quantize_(layer, torchao_config)
