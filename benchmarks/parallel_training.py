@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig
 from transformers.distributed import DistributedConfig
 
-from gift import GiftConfig
+from gift import FinetuneOptions, GiftConfig, finetune
 
 STEPS, BATCH, PROCESSES, RATE = 20, 8, 2, 1e-2
 TOLERANCE = 1e-5
@@ -139,6 +139,14 @@ def trainer_alone_without_head(folder: Path) -> None:
     train_by_trainer(adapt(make_backbone(), with_head=False), arguments_of_trainer(folder))
 
 
+def by_finetune(folder: Path) -> None:
+    """Take the same number of steps as an epoch of 10 and another one, with checkpoints and an evaluation."""
+    epochs = STEPS * BATCH // len(make_data())
+    options = FinetuneOptions(folder, epochs=epochs, batch_size=BATCH, learning_rate=RATE, progress=False)
+    config = GiftConfig(r=4, num_clusters=6, generator_dtype="float64")
+    finetune(make_backbone(), config, make_data(), make_data()[:9], options)
+
+
 def trainer_fsdp2(folder: Path) -> None:
     """Let accelerate shard the model; it does so on accelerators only, so its state is told that this is one."""
     plugin = {
@@ -167,6 +175,8 @@ LOOPS = {"loop, one process": alone, "loop, DDP": ddp, "loop, FSDP2": fsdp2}
 TRAINERS: dict[str, Callable[[Path], None]] = {
     "Trainer, one process": trainer_alone,
     "Trainer, one process, no head": trainer_alone_without_head,
+    "finetune, one process": by_finetune,
+    "finetune, DDP": by_finetune,
     "Trainer, DDP": trainer_alone,
     "Trainer, FSDP2 by accelerate": trainer_fsdp2,
     "Trainer, FSDP2 at load time, no head": trainer_fsdp2_at_load_time,
@@ -174,6 +184,7 @@ TRAINERS: dict[str, Callable[[Path], None]] = {
 REFERENCES = {
     "loop, DDP": "loop, one process",
     "loop, FSDP2": "loop, one process",
+    "finetune, DDP": "finetune, one process",
     "Trainer, DDP": "Trainer, one process",
     "Trainer, FSDP2 by accelerate": "Trainer, one process",
     "Trainer, FSDP2 at load time, no head": "Trainer, one process, no head",
@@ -211,6 +222,7 @@ def logits_of(model: nn.Module) -> Tensor:
 
 def load(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     """Return the stored tensors of an adapter, and the logits of the backbone with it, in this process."""
+    folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     model = PeftModel.from_pretrained(make_backbone(), folder)
     return load_file(folder / "adapter_model.safetensors"), logits_of(model)
 
@@ -255,8 +267,8 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
         save_backbone(folder / "backbone")
         launch(list(LOOPS), PROCESSES, folder)
-        launch(list(TRAINERS)[:2], 1, folder)
-        for way in list(TRAINERS)[2:]:
+        launch(list(TRAINERS)[:3], 1, folder)
+        for way in list(TRAINERS)[3:]:
             launch([way], PROCESSES, folder)
         results = compare(folder)
     print(

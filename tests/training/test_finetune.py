@@ -189,6 +189,23 @@ def test_an_incomplete_checkpoint_is_deleted_and_the_run_continued_from_the_one_
 
 
 @pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_end_with_the_same_adapter_to_the_bit(tmp_path):
+    def start(folder, *operation):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*torchrun, killed_run.__file__, str(folder), *map(str, operation)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    whole = start(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    operations = max(int(line) for line in whole.stdout.split() if line.isdigit())
+    assert start(tmp_path / "killed", operations // 2).returncode != 0
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    assert list((tmp_path / "killed" / "checkpoints").glob("*/complete.json"))
+    assert start(tmp_path / "killed").returncode == 0
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_with_the_same_adapter_to_the_bit(tmp_path):
     """Three kills at file operations, most of which write or delete checkpoints, and two at moments of the clock."""
     moments = random.Random(0)

@@ -34,7 +34,7 @@ class FinetuneOptions:
     Args:
         output_dir: Folder of this run and of nothing else.
         epochs: Passes over the training images.
-        batch_size: Images per step, in training and evaluation.
+        batch_size: Images per step, of all processes together; in evaluation, of each.
         learning_rate: Peak learning rate of the adapter.
         head_learning_rate: Peak learning rate of what is trained in full, that is, of the head and of whatever else
             `modules_to_save` names; by default that of the adapter.

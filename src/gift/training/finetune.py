@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -56,6 +57,8 @@ def finetune(
 ) -> FinetuneResult:
     """Train an adapter and return it, or continue a run that was killed, or return one that is already complete.
 
+    Under `torchrun` or `accelerate launch` several processes share the images of every step (DDP); one of them writes.
+
     On one CPU thread the adapter of a killed and continued run is bitwise that of an uninterrupted one, if all
     randomness in the datasets comes from the global generators of torch, numpy and `random`, and if the head of
     `backbone` was made after seeding: it is trained from the values that it has. The global generators are seeded.
@@ -81,31 +84,27 @@ def finetune(
             they are read.
     """
     folder = Path(options.output_dir)
-    checkpoints, metrics_file, run_file = folder / "checkpoints", folder / "metrics.json", folder / "run.json"
+    checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.json"
     config = _with_head(backbone, config)
     classes = int(backbone.config.num_labels or 0)
     train_items = CheckedItems("train", train, classes)
     evaluation_items = None if evaluation is None else CheckedItems("evaluation", evaluation, classes)
 
-    _check_own_folder(folder)
-    if not options.resume:
-        _delete_run(folder)
+    arguments = _training_arguments(checkpoints, options)
     run = _describe_run(backbone, config, train_items, evaluation_items, options)
-    if metrics_file.exists() or _complete(checkpoints):
-        _check_same_run(run_file, run)
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            _prepare_folder(folder, run, options)
     if metrics_file.exists():
-        _delete_unneeded(checkpoints, options)
         model = PeftModel.from_pretrained(backbone, str(folder / "adapter"), is_trainable=True)
         return FinetuneResult(model.eval(), json.loads(metrics_file.read_text()), folder / "adapter")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(run_file, json.dumps(run, indent=2))
 
     set_seed(options.seed)
     model: PeftModel = get_peft_model(backbone, config)  # type: ignore[assignment]
     saver = _CheckpointSaver(checkpoints, options)
     trainer = Trainer(
         model,
-        _training_arguments(checkpoints, options),
+        arguments,
         train_dataset=train_items,
         eval_dataset=evaluation_items,
         compute_metrics=_accuracy,
@@ -113,16 +112,19 @@ def finetune(
         callbacks=[saver],
         optimizers=(_make_optimizer(model, options), None),
     )
+    check(not trainer.is_fsdp_enabled, "finetune trains with DDP only. For FSDP2 use Trainer, see docs/running.md.")
     if not options.progress:
         trainer.remove_callback(PrinterCallback)  # Trainer's substitute for a progress bar
     trainer.train(resume_from_checkpoint=saver.latest)
     scores = trainer.evaluate() if evaluation_items else {}
 
     metrics = _describe_result(model, scores, saver.seconds(), options)
-    _save_adapter(model.eval(), folder / "adapter")
-    _write(folder / "log.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in trainer.state.log_history))
-    _write(metrics_file, json.dumps(metrics, indent=2))
-    _delete_unneeded(checkpoints, options)
+    with arguments.main_process_first(local=False):
+        if arguments.process_index == 0:
+            _save_adapter(model.eval(), folder / "adapter")
+            _write(folder / "log.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in trainer.state.log_history))
+            _write(metrics_file, json.dumps(metrics, indent=2))
+            _delete_unneeded(checkpoints, options)
     return FinetuneResult(model, metrics, folder / "adapter")
 
 
@@ -155,7 +157,7 @@ def _make_optimizer(model: PeftModel, options: FinetuneOptions) -> torch.optim.A
 
 
 def _training_arguments(checkpoints: Path, options: FinetuneOptions) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
@@ -166,6 +168,7 @@ def _training_arguments(checkpoints: Path, options: FinetuneOptions) -> Training
         data_seed=options.seed,
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # or processes without accelerators would not find each other
         eval_strategy="epoch" if options.evaluate_every_epoch else "no",
         logging_strategy="epoch",
         save_strategy="no",  # `_CheckpointSaver` says when
@@ -174,6 +177,13 @@ def _training_arguments(checkpoints: Path, options: FinetuneOptions) -> Training
         disable_tqdm=not options.progress,
         report_to="none",
     )
+    check(
+        options.batch_size % arguments.world_size == 0,
+        f"batch_size is that of all processes together, and {options.batch_size} cannot be divided among "
+        f"{arguments.world_size}.",
+    )
+    arguments.per_device_train_batch_size = options.batch_size // arguments.world_size
+    return arguments
 
 
 class _CheckpointSaver(TrainerCallback):
@@ -186,7 +196,6 @@ class _CheckpointSaver(TrainerCallback):
     def __init__(self, folder: Path, options: FinetuneOptions) -> None:
         self.folder, self.options, self.started = folder, options, time.monotonic()
         complete = _complete(folder)
-        _delete_checkpoints(folder, complete[-1:])
         self.latest = str(complete[-1]) if complete else None
         self.seconds_before = json.loads((complete[-1] / COMPLETE).read_text())["seconds"] if complete else 0.0
 
@@ -199,6 +208,9 @@ class _CheckpointSaver(TrainerCallback):
         control.should_save = epoch % self.options.save_every_epochs == 0 or epoch == self.options.epochs
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        PartialState().wait_for_everyone()  # every process has written its random numbers
+        if args.process_index:
+            return
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
         _sync(checkpoint)
         _write(checkpoint / COMPLETE, json.dumps({"seconds": self.seconds()}))
@@ -222,6 +234,22 @@ def _delete_unneeded(checkpoints: Path, options: FinetuneOptions) -> None:
     if checkpoints.exists() and not options.keep_checkpoints:
         _delete_checkpoints(checkpoints, [])
         checkpoints.rmdir()
+
+
+def _prepare_folder(folder: Path, run: dict[str, Any], options: FinetuneOptions) -> None:
+    """Leave in the folder a complete run, or what an unfinished one goes on from, or a new one; of these options."""
+    checkpoints, metrics_file, run_file = folder / "checkpoints", folder / "metrics.json", folder / "run.json"
+    _check_own_folder(folder)
+    if not options.resume:
+        _delete_run(folder)
+    if metrics_file.exists() or _complete(checkpoints):
+        _check_same_run(run_file, run)
+    if metrics_file.exists():
+        _delete_unneeded(checkpoints, options)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(run_file, json.dumps(run, indent=2))
+    _delete_checkpoints(checkpoints, _complete(checkpoints)[-1:])
 
 
 def _delete_run(folder: Path) -> None:
