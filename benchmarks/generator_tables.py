@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from documents import replace_between
+
 KINDS = ("paca", "linear")
 TIMES = ("forward_s", "training_s")
 SHARES = (0.05, 0.01)  # of a step's FLOPs
@@ -100,6 +102,4 @@ def sweep_row(line: dict[str, Any]) -> list[str]:
 
 def write_docs(path: Path, results: dict[str, Any]) -> None:
     """Replace what stands between the two markers of a document by the tables."""
-    before, rest = path.read_text().split(START)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{START}\n{tables(results)}\n{END}{after}")
+    replace_between(path, START, END, tables(results))

@@ -38,15 +38,17 @@ def try_mode(mode: Mode, generator: str) -> dict[str, Any]:
     return {"difference": difference, "is_right": mode.raises is None and difference <= mode.tolerance}
 
 
-def print_table(results: dict[str, dict[str, Any]], generators: list[str]) -> None:
-    """Print the table in Markdown, and below it the errors in full."""
-    print(f"| mode | {' | '.join(generators)} |\n|---|{'---|' * len(generators)}")
-    errors = {}
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return a Markdown table of what every mode gave for every generator, and below it the errors in full."""
+    generators = list(next(iter(results.values())))
+    lines = [f"| mode | {' | '.join(generators)} |", f"|---|{'---|' * len(generators)}"]
+    raised: dict[str, list[str]] = {}
     for mode, by_generator in results.items():
-        print(f"| {mode} | {' | '.join(_cell(by_generator[generator]) for generator in generators)} |")
-        errors |= {one["raised"]: mode for one in by_generator.values() if "raised" in one}
-    for message, mode in errors.items():
-        print(f"\n{mode}: {message}")
+        lines.append(f"| {mode} | {' | '.join(_cell(by_generator[generator]) for generator in generators)} |")
+        for message in dict.fromkeys(one["raised"] for one in by_generator.values() if "raised" in one):
+            raised.setdefault(message, []).append(mode)
+    errors = [f"- {'; '.join(modes)}: `{message}`" for message, modes in raised.items()]
+    return "\n".join([*lines, "", "What is raised:", "", *errors] if errors else lines)
 
 
 def _cell(result: dict[str, Any]) -> str:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from documents import replace_between
 from interleaved import environment, write_json
-from mode_table import Mode, print_table, try_mode
+from mode_table import Mode, table, try_mode
 from plain import (
     GENERATORS,
     Gradients,
@@ -352,6 +353,9 @@ def try_parallel(generators: list[str]) -> dict[str, dict[str, Any]]:
         return json.loads(path.read_text())
 
 
+START, END = "<!-- table: benchmarks/modes.py --write-docs FILE -->", "<!-- end of table -->"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0],
@@ -360,6 +364,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--generators", nargs="+", default=list(GENERATORS), choices=GENERATORS)
     parser.add_argument("--modes", nargs="+", choices=[*MODES, "parallel"], help="by default all")
     parser.add_argument("--out", type=Path, help="JSON file for the table")
+    parser.add_argument("--write-docs", type=Path, metavar="MD", help="put the table between the markers of this file")
     return parser.parse_args()
 
 
@@ -374,7 +379,9 @@ def main() -> None:
     }
     if "parallel" in chosen:
         results |= try_parallel(arguments.generators)
-    print_table(results, arguments.generators)
+    print(table(results))
+    if arguments.write_docs is not None:
+        replace_between(arguments.write_docs, START, END, table(results))
     if arguments.out is not None:
         write_json(arguments.out, {"environment": environment(), "modes": results})
     wrong = [name for name, row in results.items() if not all(one.get("is_right", True) for one in row.values())]

@@ -32,6 +32,7 @@ from gift import FinetuneOptions, GiftConfig, finetune
 
 STEPS, BATCH, PROCESSES, RATE = 20, 8, 2, 1e-2
 TOLERANCE = 1e-5
+START, END = "<!-- trainings: benchmarks/parallel_training.py --write-docs FILE -->", "<!-- end of trainings -->"
 WHOLE_ADAPTER = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -247,10 +248,19 @@ def compare(folder: Path) -> dict[str, dict[str, float]]:
     return results
 
 
+def table(ways: dict[str, dict[str, Any]]) -> str:
+    lines = [f"| {STEPS} steps | largest difference of a number | of a logit | logits moved by |", "|---|---|---|---|"]
+    for way, measured in ways.items():
+        differences = f"{measured['largest_difference']:.0e} | {measured['largest_difference_of_logits']:.0e}"
+        lines.append(f"| {way} | {differences} | {measured['logits_moved_by']:.2f} |")
+    return "\n".join(lines)
+
+
 def parse() -> argparse.Namespace:
     example = "example: python benchmarks/parallel_training.py --out results/parallel_training.json"
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], epilog=example)
     parser.add_argument("--out", type=Path, help="JSON file for the differences")
+    parser.add_argument("--write-docs", type=Path, metavar="MD", help="put the table between the markers of this file")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -271,12 +281,9 @@ def main() -> None:
         for way in list(TRAINERS)[3:]:
             launch([way], PROCESSES, folder)
         results = compare(folder)
-    print(
-        f"{'largest difference after ' + str(STEPS) + ' steps':40}{'tensors':>12}{'logits':>12}{'logits moved by':>20}"
-    )
-    for way, measured in results.items():
-        differences = f"{measured['largest_difference']:12.1e}{measured['largest_difference_of_logits']:12.1e}"
-        print(f"{way:40}{differences}{measured['logits_moved_by']:20.1e}")
+    print(table(results))
+    if arguments.write_docs is not None:
+        replace_between(arguments.write_docs, START, END, table(results))
     if arguments.out is not None:
         options = {"steps": STEPS, "global_batch": BATCH, "processes": PROCESSES, "tolerance": TOLERANCE}
         write_json(arguments.out, {"environment": environment(), "options": options, "ways": results})

@@ -101,3 +101,13 @@ def test_the_reference_is_the_backbone_whose_weights_are_replaced(modes):
             generator.recover[1, 3] += change
             losses.append(modes.loss_of(model(images)).item())
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(gradients[name][1, 3].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("script", ["modes", "parallel_training"])
+def test_the_document_shows_what_was_measured(script, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    program, documents = importlib.import_module(script), importlib.import_module("documents")
+    root = BENCHMARKS.parent
+    results = json.loads((root / "results" / f"{script}.json").read_text())
+    shown = documents.between(root / "docs" / "running.md", program.START, program.END)
+    assert shown == program.table(results["ways" if script == "parallel_training" else "modes"])

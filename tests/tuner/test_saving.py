@@ -166,3 +166,18 @@ def test_of_two_hundred_mutated_adapter_folders_each_is_refused_clearly_or_loade
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "200 mutated folders, 0 not" in done.stdout
+
+
+def test_a_head_that_was_replaced_after_adapting_is_not_silently_left_out(tmp_path):
+    model = make_adapted_vit()
+    model.base_model.model.reset_classifier(7)
+    with pytest.raises(ValueError, match="head was replaced after the adapter was made"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_head_that_was_replaced_before_adapting_is_saved_with_its_new_classes(tmp_path):
+    backbone = make_vit()
+    backbone.reset_classifier(7)
+    perturb(get_peft_model(backbone, GiftConfig(r=2, num_clusters=3))).save_pretrained(tmp_path)
+    assert stored_tensors(tmp_path)["base_model.model.head.weight"].shape == (7, 32)
