@@ -18,7 +18,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from documents import replace_between
 from interleaved import environment, write_json
+from parallel import leave
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -203,8 +205,7 @@ def work(ways: list[str], folder: Path) -> None:
         else:
             TRAINERS[way](folder / way)
     if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        leave()
 
 
 def launch(ways: list[str], processes: int, folder: Path) -> None:

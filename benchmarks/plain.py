@@ -107,7 +107,8 @@ def _adapted_weights(model: PeftModel) -> dict[str, Tensor]:
         for target, weight, left in zip(targets, frozen, factors.left, strict=True):
             layer = source.layers[target.layer]
             scaling = layer.gift_scaling["default"]
-            weights[f"{target.layer}.weight"] = weight + scaling * left @ factors.right
+            adapted = weight + scaling * left @ factors.right
+            weights[f"{target.layer}.weight"] = adapted.T if layer.is_transposed else adapted
     return weights
 
 
@@ -127,10 +128,11 @@ def dense(layer: nn.Module) -> Tensor:
 
 
 def largest_difference(got: Gradients, expected: Gradients) -> float:
-    """Return the largest difference of any entry; infinity if a gradient is missing or one too many."""
+    """Return the largest difference of any entry over the largest expected entry; infinity if a gradient is missing."""
     if got.keys() != expected.keys():
         return float("inf")
-    return max((got[name].double() - expected[name].double()).abs().max().item() for name in expected)
+    worst = max((got[name] - expected[name]).abs().max().item() for name in expected)
+    return worst / max(gradient.abs().max().item() for gradient in expected.values())
 
 
 def relative_difference(got: Gradients, expected: Gradients) -> float:

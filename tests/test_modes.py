@@ -68,7 +68,7 @@ def test_a_wrong_gradient_does_not_pass_as_right(modes, spoil):
         if spoil == "missing":
             del gradients[name]
         else:
-            gradients[name] = -gradients[name] if spoil == "sign" else gradients[name] + 1e-9
+            gradients[name] = -gradients[name] if spoil == "sign" else gradients[name] * (1 + 1e-6)
         return gradients
 
     def mode(generator):

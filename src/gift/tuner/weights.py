@@ -90,7 +90,7 @@ class _QuantisedProduct(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class ShardedWeight:
-    """A weight whose rows are distributed over processes (FSDP2), or one part of its rows.
+    """A weight whose rows, or for Conv1D columns, are distributed over processes (FSDP2), or one part of its rows.
 
     Attributes:
         weight: The distributed weight.
@@ -114,26 +114,31 @@ class ShardedWeight:
     def times(self, matrix: Float[Tensor, "rank in_features"]) -> Float[Tensor, "out_features rank"]:
         """Return weight @ matrix^T of all rows, in the matrix's dtype.
 
-        Every process reduces its own rows, and (rows, rank) numbers are gathered instead of (rows, in_features). In
+        Every process reduces what it holds, and (rows, rank) numbers are exchanged instead of (rows, in_features). In
         the backward pass the gradients of the products are summed over the processes, each of which then adds what its
-        rows contribute. So the gradients of `matrix` differ between the processes, but their *mean*, which data
+        shard contributes. So the gradients of `matrix` differ between the processes, but their *mean*, which data
         parallelism takes anyway, is that of the whole weight.
 
         Raises:
-            RuntimeError: If the weight is distributed in another way than by rows.
+            RuntimeError: If the weight is distributed along both axes.
         """
-        placements = self.weight.placements
-        if not all(placement in (Shard(0), Replicate()) for placement in placements):
+        weight, mesh = self.weight, self.weight.device_mesh
+        sharded = [axis for axis, placement in enumerate(weight.placements) if placement != Replicate()]
+        if len(sharded) > 1 or not all(weight.placements[axis] in (Shard(0), Shard(1)) for axis in sharded):
             raise RuntimeError(
-                f"A frozen weight is distributed as {placements}; GIFT reads weights whose rows are sharded, as "
-                "fully_shard (FSDP2) does by default. Use no tensor parallelism on adapted layers."
+                f"A frozen weight is distributed as {weight.placements}. GIFT reads weights that are sharded once, as "
+                "by fully_shard (FSDP2): use no tensor parallelism on adapted layers."
             )
-        products = reduce_weight(self.weight.to_local(), matrix)
-        shape = torch.Size((self.weight.shape[0], matrix.shape[0]))
-        gathered = DTensor.from_local(
-            products, self.weight.device_mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1)
-        )
-        summed = [Partial() if placement == Shard(0) else Replicate() for placement in placements]
+        local = weight.to_local()
+        by_columns = [axis for axis in sharded if weight.placements[axis] == Shard(1)]
+        for axis in by_columns:
+            start = mesh.get_local_rank(axis) * -(-weight.shape[1] // mesh.size(axis))  # as torch.chunk divides
+            matrix = matrix[:, start : start + local.shape[1]]
+        products = reduce_weight(local, matrix)
+        shape = torch.Size((weight.shape[0], matrix.shape[0]))
+        placements = [Partial() if axis in by_columns else place for axis, place in enumerate(weight.placements)]
+        gathered = DTensor.from_local(products, mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1))
+        summed = [Partial() if axis in sharded else Replicate() for axis in range(mesh.ndim)]
         return rows_of_part(gathered.full_tensor(grad_placements=summed), self.part)
 
 
