@@ -42,6 +42,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from gift import GiftConfig
+
 PROCESSES = 2
 BATCH = 4
 
@@ -100,6 +102,30 @@ def ddp_around_inner(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model.base_model.model)
 
 
+def ddp_before_adding(model: nn.Module) -> nn.Module:
+    """Add another adapter and train it, once DDP knows what it averages."""
+    wrapped = DistributedDataParallel(model)
+    model.add_adapter("later", GiftConfig(r=2, num_clusters=3, generator_dtype="float64"))
+    model.set_adapter("later")
+    return wrapped
+
+
+def ddp_ignoring(model: nn.Module) -> nn.Module:
+    ignored = [name for name, _ in model.named_parameters() if "gift_generators" in name]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return DistributedDataParallel(model)
+
+
+def compiled(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """Return a wrapper around another one that compiles the whole."""
+
+    def wrap_and_compile(model: nn.Module) -> nn.Module:
+        torch.compiler.reset()
+        return torch.compile(wrap(model), backend="aot_eager")
+
+    return wrap_and_compile
+
+
 def shard(*parts: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
     """Return a wrapper that applies fully_shard to some parts of the model, from the inside out."""
 
@@ -139,6 +165,16 @@ def accumulate(model: nn.Module, images: Tensor) -> Gradients:
         (loss_of(model(first)) / 2).backward()
         model.set_requires_gradient_sync(True)
     (loss_of(model(second)) / 2).backward()
+    return {}
+
+
+def accumulate_gathered(model: nn.Module, images: Tensor) -> Gradients:
+    """Accumulate as torch recommends where memory allows it: keep the weights gathered until the last half."""
+    first, second = images.chunk(2)
+    for half, is_last in ((first, False), (second, True)):
+        model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last)
+        (loss_of(model(half)) / 2).backward()
     return {}
 
 
@@ -281,6 +317,7 @@ def shared_folder() -> Iterator[str]:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 DDP_INSIDE = "put around the inner model only"
+DDP_LATER = "were not when DistributedDataParallel was made"
 FSDP_INSIDE = "applied to the inner model or its blocks only"
 REENTRANT = "Use non-reentrant checkpointing"
 FSDP1 = "FSDP1 and DeepSpeed ZeRO-3 keep frozen weights where a generator cannot read them"
@@ -296,6 +333,11 @@ MODES: dict[str, Mode] = {
         against_plain(partial(ddp, static_graph=True), checkpoint_blocks(use_reentrant=True))
     ),
     "DDP around the inner model": Mode(against_plain(ddp_around_inner), raises=DDP_INSIDE),
+    "DDP, another adapter added later": Mode(against_plain(ddp_before_adding), raises=DDP_LATER),
+    "DDP, told to ignore the generators": Mode(against_plain(ddp_ignoring), raises=DDP_LATER),
+    "torch.compile of DDP": Mode(against_plain(compiled(ddp))),
+    "torch.compile of DDP around the inner model": Mode(against_plain(compiled(ddp_around_inner)), raises=DDP_INSIDE),
+    "torch.compile, DDP inside": Mode(against_plain(compiled(ddp_inside)), raises=DDP_INSIDE),
     "DDP inside the PeftModel": Mode(against_plain(ddp_inside), raises=DDP_INSIDE),
     "FSDP2, PeftModel": Mode(against_plain(shard("PeftModel"))),
     "FSDP2, blocks and PeftModel": Mode(against_plain(shard("blocks", "PeftModel"))),
@@ -303,6 +345,12 @@ MODES: dict[str, Mode] = {
     "FSDP2, Conv1D": Mode(shard_transposed),
     "FSDP2, all resharded": Mode(against_plain(shard("blocks", "PeftModel", reshard_after_forward=True))),
     "FSDP2, none resharded": Mode(against_plain(shard("blocks", "PeftModel", reshard_after_forward=False))),
+    "FSDP2, none resharded, after evaluation": Mode(
+        against_plain(shard("blocks", "PeftModel", reshard_after_forward=False), step=after_evaluation)
+    ),
+    "FSDP2, gathered while accumulating": Mode(against_plain(shard("blocks", "PeftModel"), step=accumulate_gathered)),
+    "torch.compile of FSDP2": Mode(against_plain(compiled(shard("blocks", "PeftModel")))),
+    "torch.compile, FSDP2 of blocks only": Mode(against_plain(compiled(shard("blocks"))), raises=FSDP_INSIDE),
     "FSDP2, no gradient sync": Mode(against_plain(shard("blocks", "PeftModel"), step=accumulate)),
     "FSDP2, after evaluation": Mode(against_plain(shard("blocks", "PeftModel"), step=after_evaluation)),
     "FSDP2, checkpointing": Mode(against_plain(shard("blocks", "PeftModel"), checkpoint_blocks(use_reentrant=False))),

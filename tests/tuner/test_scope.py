@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gift import GiftConfig, GiftLinear
 from gift.tuner.generator import WeightGenerator
-from gift.tuner.scope import FactorSource, _probe
+from gift.tuner.scope import FactorSource
+from gift.tuner.weights import probe_weight
 from tests.models import make_adapted_vit, make_images, make_vit, perturb
 
 
@@ -72,11 +73,11 @@ def test_every_write_to_a_generator_changes_the_output_also_through_data():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_write_to_any_single_entry_of_a_frozen_weight_is_noticed(dtype):
     layer = GiftLinear(nn.Linear(768, 4).to(dtype), "layer", FactorSource(nn.ModuleDict()))
-    before = _probe(layer)
+    before = probe_weight(layer.frozen_weight())
     for column in range(768):
         entry = layer.weight[column % 4, column].item()
         layer.weight.data[column % 4, column] = entry + max(abs(entry), 1e-3) / 16
-        assert not torch.equal(_probe(layer), before), column
+        assert not torch.equal(probe_weight(layer.frozen_weight()), before), column
         layer.weight.data[column % 4, column] = entry
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -92,9 +93,7 @@ def finetune(
 
     arguments = _training_arguments(checkpoints, options)
     run = _describe_run(backbone, config, train_items, evaluation_items, options)
-    with arguments.main_process_first(local=False):
-        if arguments.process_index == 0:
-            _prepare_folder(folder, run, options)
+    _prepare_folder_once(folder, run, options)
     if metrics_file.exists():
         model = PeftModel.from_pretrained(backbone, str(folder / "adapter"), is_trainable=True)
         return FinetuneResult(model.eval(), json.loads(metrics_file.read_text()), folder / "adapter")
@@ -234,6 +233,18 @@ def _delete_unneeded(checkpoints: Path, options: FinetuneOptions) -> None:
     if checkpoints.exists() and not options.keep_checkpoints:
         _delete_checkpoints(checkpoints, [])
         checkpoints.rmdir()
+
+
+def _prepare_folder_once(folder: Path, run: dict[str, Any], options: FinetuneOptions) -> None:
+    """Prepare the folder in one process; whatever is wrong with it is raised in all of them."""
+    problem: list[str | None] = [None]
+    if PartialState().is_main_process:
+        try:
+            _prepare_folder(folder, run, options)
+        except ValueError as error:
+            problem = [str(error)]
+    message = broadcast_object_list(problem)[0]
+    check(message is None, str(message))
 
 
 def _prepare_folder(folder: Path, run: dict[str, Any], options: FinetuneOptions) -> None:

@@ -204,10 +204,13 @@ class WeightGenerator(nn.Module):
 
     @property
     def is_input_map(self) -> bool:
-        """Whether dW = W phi psi with nothing in between, so that it can be applied to a layer's input instead."""
+        """Whether dW = W phi psi with nothing in between, so that it can be applied to a layer's input instead.
+
+        Not where FSDP2 shards this generator as a unit: it gathers parameters only when `forward` is called.
+        """
         options = self.options
         plain = options.generator == "linear" and options.activation == "identity"
-        return plain and self.reduce.bias is None and self.recover_bias is None
+        return plain and self.reduce.bias is None and self.recover_bias is None and not isinstance(self, FSDPModule)
 
     def _number_of_blocks(self) -> int:
         return 0 if self.options.generator == "linear" else self.options.num_blocks

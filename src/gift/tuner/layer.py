@@ -35,6 +35,10 @@ class SuppliesFactors(Protocol):
     generators: nn.ModuleDict
     torchao_config: Any
 
+    def sharded_parameter(self, layer: "GiftLinear") -> Any:
+        """Return FSDP2's record of the layer's weight, or None."""
+        ...
+
     def factors(self, layer: "GiftLinear") -> LayerFactors:
         """Return the factors for one call of the layer."""
         ...
@@ -126,12 +130,16 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: If the weight is not there, because it was flattened or gathered elsewhere.
         """
+        record = self.gift_source.sharded_parameter(self)
         if self.is_quantised:
+            self._check_still_quantised(record is not None)
             rows = self.out_features if part is None else self.out_features // len(PARTS)
             stored = self.gift_original_stored or stored_weight(self.base_layer)
             return QuantisedWeight(stored, torch.Size((rows, self.in_features)), part)
         original = self.gift_original_weight
-        weight = (self.weight if original is None else original).detach()
+        # The gathered weight of a sharded block is freed before the generator's backward pass reads it again.
+        current = self.weight if record is None else record.sharded_param
+        weight = (current if original is None else original).detach()
         weight = weight.T if self.is_transposed else weight
         if tuple(weight.shape) != (self.out_features, self.in_features):
             raise RuntimeError(
@@ -142,6 +150,18 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         if isinstance(weight, DTensor):
             return ShardedWeight(weight, part)
         return rows_of_part(weight, part)
+
+    def _check_still_quantised(self, is_sharded: bool) -> None:
+        if is_sharded or isinstance(self.base_layer.weight, DTensor):
+            raise RuntimeError(
+                f"{self.gift_name} is quantised and sharded over processes, which GIFT cannot read. Use DDP for "
+                "quantised backbones."
+            )
+        if self.gift_original_stored is None and not is_quantised(self.base_layer):
+            raise RuntimeError(
+                f"The weight of {self.gift_name} is not quantised any more, as after pickling or torch.load of a whole "
+                "model. Load the backbone, then the adapter with PeftModel.from_pretrained."
+            )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the scaled residual of one adapter in the layout of the stored weight and the generator's dtype.
@@ -188,7 +208,7 @@ class GiftLinear(nn.Module, BaseTunerLayer):
     def acts_on_input(self) -> bool:
         """Whether x W^T + x dW^T is computed as (x + x psi^T phi^T) W^T, for which W need not be dequantised."""
         return self.is_quantised and all(
-            self.gift_parts[name] == (None,) and self._generators_of(name)[0].is_input_map
+            self.gift_parts[name] == (None,) and all(one.is_input_map for one in self._generators_of(name))
             for name in self.adapters_in_effect
         )
 

@@ -26,7 +26,14 @@ from gift.tuner.saving import (
 )
 from gift.tuner.scope import FactorSource
 from gift.tuner.targets import Target, check_not_sharded, find_modules_to_save, find_targets, matches
-from gift.tuner.weights import QuantisedWeight, ShardedWeight, rows_of_part, stop_repacking
+from gift.tuner.weights import (
+    QuantisedWeight,
+    ShardedWeight,
+    refuse_layers_without_gradients,
+    rows_of_part,
+    stop_repacking,
+    torchao_config,
+)
 
 
 class GiftModel(BaseTuner):
@@ -54,7 +61,7 @@ class GiftModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.gift_generators = nn.ModuleDict()
-        self.gift_source = FactorSource(self.gift_generators, torchao_config=_torchao_config(model))
+        self.gift_source = FactorSource(self.gift_generators, torchao_config=torchao_config(model), model=model)
         self._gift_hooks: list[Any] = []
         self._gift_not_repacked: list[Any] = []
         self._gift_planned: dict[str, set[str]] = {}  # by adapter, the names of its target layers
@@ -124,6 +131,7 @@ class GiftModel(BaseTuner):
     ) -> None:
         """Change the model, through PEFT; everything was checked before."""
         config: Any = self.peft_config[adapter_name]
+        refuse_layers_without_gradients(self.model)
         self._gift_not_repacked += stop_repacking(self.model)
         trainable = {p: p.requires_grad for p in self.gift_generators.parameters()}
         self.gift_generators[adapter_name] = generators
@@ -337,7 +345,8 @@ class GiftModel(BaseTuner):
         allowed = embedding_tensors(tuner.model, "base_model.model.")
         check_tensors(remapped, expected, allowed, f"The stored adapter {adapter_name!r}")
         if config.fingerprint:
-            warn_about_other_weights(config.fingerprint, tuner.fingerprints(adapter_name))
+            targets = {str(target) for group in tuner.gift_source.groups[adapter_name].values() for target in group}
+            warn_about_other_weights(config.fingerprint, tuner.fingerprints(adapter_name), targets)
         tuner.gift_source.drop()
         return remapped
 
@@ -358,12 +367,6 @@ def _check_without_adapters(model: nn.Module) -> None:
                 f"{name} already carries an adapter ({kind}), and GIFT cannot be mixed with it. Call unload() or "
                 "merge_and_unload() on the PeftModel it belongs to; further GIFT adapters are added with add_adapter."
             )
-
-
-def _torchao_config(model: nn.Module) -> Any:
-    """Return what transformers quantised the model with through torchao, or None."""
-    config: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    return config.get_apply_tensor_subclass() if hasattr(config, "get_apply_tensor_subclass") else None
 
 
 def _make_generators(

@@ -4,8 +4,9 @@ A generator is shared by all layers and lives outside of them. What averages gra
 nothing in torch would say so: every process would train a generator of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,25 +42,50 @@ def refuse_gradients_kept_apart(model: nn.Module, generators: nn.Module) -> None
         model: The wrapped model, without the tuner.
         generators: The generators, which live on the tuner.
     """
-    if not is_distributed():
-        return
-    trained = {parameter for parameter in generators.parameters() if parameter.requires_grad}
-    trained = {parameter for parameter in trained if not parameter._post_accumulate_grad_hooks}  # averaged by hand
+    names = {parameter: name for name, parameter in generators.named_parameters() if parameter.requires_grad}
+    trained = {parameter for parameter in names if not parameter._post_accumulate_grad_hooks}  # averaged by hand
     ddp = DistributedDataParallel._get_active_ddp_module()
     if ddp is not None:
-        if trained - set(ddp.parameters()):
-            raise RuntimeError(
-                "DistributedDataParallel was put around the inner model only, so the gradients of the generators "
-                "would not be averaged over the processes. Put it around the PeftModel."
-            )
+        _refuse_outside_ddp(ddp, trained)
         return
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if sharded and trained - _managed_by_fsdp(sharded, generators):
+    apart = trained - _managed_by_fsdp(sharded, generators) if sharded else set()
+    if apart:
+        adapter = next(names[parameter] for parameter in names if parameter in apart).partition(".")[0]
         raise RuntimeError(
-            "fully_shard was applied to the inner model or its blocks only, so the gradients of the generators would "
-            "not be averaged over the processes. Apply it to the PeftModel too, after the blocks, or to every "
-            "generator: for one in model.base_model.gift_generators['default'].values(): fully_shard(one)."
+            f"fully_shard was applied to the inner model or its blocks only, or before adapter {adapter!r} was added, "
+            "so the gradients of its generators would not be averaged over the processes. Apply it to the PeftModel "
+            "too, after the blocks, or to every generator: for one in "
+            f"model.base_model.gift_generators[{adapter!r}].values(): fully_shard(one)."
         )
+
+
+def _refuse_outside_ddp(ddp: DistributedDataParallel, trained: Set[Tensor]) -> None:
+    if trained - set(ddp.parameters()):
+        raise RuntimeError(
+            "DistributedDataParallel was put around the inner model only, so the gradients of the generators "
+            "would not be averaged over the processes. Put it around the PeftModel."
+        )
+    if ddp not in _averaged_by_ddp:  # fixed when it was made, and costly to ask for
+        buckets = ddp.reducer._get_zeros_like_grad_buckets()
+        _averaged_by_ddp[ddp] = {parameter for bucket in buckets for parameter in bucket.parameters()}
+    if trained - _averaged_by_ddp[ddp]:
+        raise RuntimeError(
+            "Generators that are trained now were not when DistributedDataParallel was made (add_adapter or "
+            "set_adapter came later, or it was told to ignore them), so their gradients would not be averaged over the "
+            "processes. Make a new DistributedDataParallel."
+        )
+
+
+_averaged_by_ddp: "WeakKeyDictionary[nn.Module, set[Tensor]]" = WeakKeyDictionary()
+
+
+def sharded_parameters(model: nn.Module) -> "dict[nn.Module, Any]":
+    """Return FSDP2's record of the weight of every module below `model` that it shards, also while it is gathered."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    states: list[Any] = [unit._get_fsdp_state() for unit in units]
+    records = [record for state in states for group in state._fsdp_param_groups for record in group.fsdp_params]
+    return {record._module_info.module: record for record in records if record._module_info.param_name == "weight"}
 
 
 def _managed_by_fsdp(sharded: Sequence[FSDPModule], generators: nn.Module) -> set[Tensor]:

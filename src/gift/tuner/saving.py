@@ -1,7 +1,7 @@
 """What is stored of an adapter, and the checks before a stored one is loaded."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -104,7 +104,10 @@ def check_can_be_saved(
                 f"{name} was replaced after the adapter was made (by reset_classifier?), so it would not be saved. "
                 "Reset the head of the backbone first, then call get_peft_model."
             )
-    sharded = [name for name, tensor in state_dict.items() if isinstance(tensor, DTensor) and adapter_name in name]
+    own = (f"gift_generators.{adapter_name}.", f"modules_to_save.{adapter_name}.")
+    sharded = [
+        name for name, tensor in state_dict.items() if isinstance(tensor, DTensor) and any(part in name for part in own)
+    ]
     if sharded:
         raise ValueError(
             f"{sharded[0]} is sharded over processes. Gather the state on all of them, then save it on one: state = "
@@ -139,15 +142,18 @@ def _hash(index: Int64[Tensor, " count"]) -> Int64[Tensor, " count"]:
     return index >> 7
 
 
-def warn_about_other_weights(stored: Mapping[str, list[float]], current: Mapping[str, list[float]]) -> None:
+def warn_about_other_weights(
+    stored: Mapping[str, list[float]], current: Mapping[str, list[float]], targets: Set[str]
+) -> None:
     """Warn if the frozen weights are not those the adapter was saved with: the same generator then gives other dW.
 
     Args:
         stored: Fingerprint by target, from the adapter's configuration.
-        current: Fingerprint by target of this model.
+        current: Fingerprint by target of this model, as far as its weights can be read here.
+        targets: All targets of this model.
     """
-    if stored.keys() != current.keys():
-        other = sorted(stored.keys() ^ current.keys())
+    if stored.keys() != targets:
+        other = sorted(stored.keys() ^ targets)
         warnings.warn(
             f"This adapter was saved for other layers; those of only one side are {other[:6]}. The backbone or the "
             "targets in adapter_config.json are not those it was trained with.",

@@ -9,23 +9,24 @@ takes its own. Outside a scope:
   checkpointing, which compares the saved tensors), or generates its own (reentrant, which builds a new graph).
 """
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional
 
 from gift.tuner.generator import Factors
 from gift.tuner.layer import GiftLinear
-from gift.tuner.processes import is_distributed, refuse_gradients_kept_apart, refuse_reentrant
+from gift.tuner.processes import is_distributed, refuse_gradients_kept_apart, refuse_reentrant, sharded_parameters
 from gift.tuner.products import LayerFactors
 from gift.tuner.targets import Target
-from gift.tuner.weights import PARTS, QuantisedWeight, ShardedWeight
+from gift.tuner.weights import PARTS, probe_weight
 
 
 @dataclass
@@ -57,12 +58,14 @@ class FactorSource:
         layers: The adapted layers by name.
         groups: Adapter -> group -> the targets that its generator serves.
         torchao_config: What transformers quantised the model with through torchao, or None.
+        model: The wrapped model, whose own wrappers are looked at where several processes work together.
     """
 
     generators: nn.ModuleDict
     layers: dict[str, GiftLinear] = field(default_factory=dict)
     groups: dict[str, dict[str, list[Target]]] = field(default_factory=dict)
     torchao_config: Any = None
+    model: nn.Module | None = None
 
     def __post_init__(self) -> None:
         """Start with nothing generated."""
@@ -72,6 +75,9 @@ class FactorSource:
         self._checked: dict[tuple[bool, bool], set[str]] = {}
 
     def _forget(self) -> None:
+        self._token = next(_tokens)
+        _sources[self._token] = self
+        self._sharded: dict[nn.Module, Any] = {}  # FSDP2's records of weights
         self._scopes: dict[int, _Scope] = {}  # by thread: another thread may run without gradients meanwhile
         self._from_scope: dict[str, LayerFactors] = {}  # of the last scope, for recomputation
         self._called: set[str] = set()  # layers called since the last scope opened
@@ -82,13 +88,24 @@ class FactorSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without what belongs to a forward pass."""
-        lasting = ("generators", "layers", "groups", "torchao_config", "_checked")
+        lasting = ("generators", "layers", "groups", "torchao_config", "model", "_checked")
         return {name: self.__dict__[name] for name in lasting}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore with nothing generated."""
         self.__dict__.update(state)
         self._forget()
+
+    def sharded_parameter(self, layer: GiftLinear) -> Any:
+        """Return FSDP2's record of the layer's weight, or None."""
+        return self._sharded.get(layer.base_layer)
+
+    def look_at_wrappers(self, has_graph: bool) -> None:
+        """Note which weights FSDP2 shards; raise RuntimeError if the generators' gradients would be kept apart."""
+        if self.model is not None:
+            self._sharded = sharded_parameters(self.model)
+            if has_graph:
+                refuse_gradients_kept_apart(self.model, self.generators)
 
     def drop(self) -> None:
         """Forget every kept factor; the next forward generates anew."""
@@ -163,9 +180,10 @@ class FactorSource:
         stale = [layer for layer in layers if not _is_valid(kept[layer.gift_name], layer, layer.gift_name in trusted)]
         with torch.inference_mode(False), torch.no_grad():  # what is kept may meet gradients of the input later
             for name, factors in self.generate(stale).items() if stale else ():
-                factors.reusable = True
                 layer = self.layers[name]
-                kept[name] = self._kept[name] = _Kept(factors, _adapters_of(layer), _probe(layer))
+                probe = probe_weight(layer.frozen_weight())
+                factors.reusable = probe is not None  # of a sharded weight no process is to form W + dW
+                kept[name] = self._kept[name] = _Kept(factors, _adapters_of(layer), probe)
         trusted.update(names)
         return {name: of_layer.factors for name, of_layer in kept.items() if of_layer is not None}
 
@@ -205,8 +223,8 @@ class FactorSource:
         if not layers:
             return
         has_graph = self._need_graph(layers)
-        if has_graph and not torch.compiler.is_compiling() and is_distributed():
-            refuse_gradients_kept_apart(module, self.generators)
+        if is_distributed():
+            _look_at_wrappers(self._token, has_graph)
         factors = self._generate_or_reuse([layer for layer in layers if not layer.acts_on_input])
         self._scopes[_thread()] = _Scope([layer.gift_name for layer in layers], factors, has_graph)
         if has_graph:
@@ -283,6 +301,17 @@ class FactorSource:
         return self.generators[adapter][group]  # type: ignore[index]
 
 
+@torch.compiler.assume_constant_result
+def _look_at_wrappers(token: int, has_graph: bool) -> bool:
+    """Look at the wrappers of one model; while it is compiled this runs once, with real objects, hence the token."""
+    _sources[token].look_at_wrappers(has_graph)
+    return True
+
+
+_tokens = itertools.count()
+_sources: "WeakValueDictionary[int, FactorSource]" = WeakValueDictionary()
+
+
 def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
@@ -340,7 +369,7 @@ def _is_valid(kept: _Kept | None, layer: GiftLinear, trusted: bool) -> bool:
         return False
     if trusted:
         return True
-    probe = _probe(layer)
+    probe = probe_weight(layer.frozen_weight())
     if probe is None or kept.probe is None:
         return False  # no process knows what changed in the others
     same_place = (probe.dtype, probe.device) == (kept.probe.dtype, kept.probe.device)
@@ -349,31 +378,3 @@ def _is_valid(kept: _Kept | None, layer: GiftLinear, trusted: bool) -> bool:
 
 def _adapters_of(layer: GiftLinear) -> tuple[tuple[str, float | int], ...]:
     return tuple((adapter, layer.gift_scaling[adapter]) for adapter in layer.adapters_in_effect)
-
-
-def _probe(layer: GiftLinear) -> Tensor | None:
-    """Return one number per row of the frozen weight, which changes when an entry does (also through `.data`).
-
-    None for a sharded weight. Of a quantised weight the stored numbers and their scales are probed.
-
-    Every entry counts with a factor between 0.5 and 2.5, in float32 at least: a change that the probe's rounding hides
-    is below the rounding of the layer's own product.
-    """
-    weight = layer.frozen_weight()
-    if isinstance(weight, ShardedWeight):
-        return None
-    if isinstance(weight, QuantisedWeight):
-        return torch.cat([_probe_rows(_as_rows(tensor)).flatten() for tensor in weight.raw()])
-    return _probe_rows(weight)
-
-
-def _as_rows(tensor: Tensor) -> Tensor:
-    """Return a tensor of any shape as rows of at most 1024 numbers, the last one filled up with zeros."""
-    flat = tensor.detach().flatten()
-    return functional.pad(flat, (0, -len(flat) % min(len(flat), 1024))).view(-1, min(len(flat), 1024))
-
-
-def _probe_rows(weight: Tensor) -> Tensor:
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    phases = torch.arange(weight.shape[1], device=weight.device, dtype=torch.float32) * 12.9898
-    return weight.to(dtype) @ (1.5 + phases.sin()).to(dtype)

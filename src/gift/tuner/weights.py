@@ -14,6 +14,7 @@ from jaxtyping import Float
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from gift.tuner.generator import reduce_weight
@@ -65,14 +66,16 @@ class QuantisedWeight:
         return _QuantisedProduct.apply(self, matrix)  # type: ignore[return-value]
 
     def raw(self) -> list[Tensor]:
-        """Return the plain tensors that make up the weight, to see whether it was changed."""
+        """Return the tensors that make up the weight, as bytes where it has several, to see whether it was changed."""
         weight: Any = self.stored.weight
         if get_bnb_param_type(weight) == "4bit":
-            return [weight.detach(), weight.quant_state.absmax]
-        if self.stored.scales is not None:
-            return [weight.detach(), self.stored.scales]
-        inner, _ = weight.__tensor_flatten__()
-        return [getattr(weight, name) for name in inner if getattr(weight, name) is not None]
+            parts = [weight.detach(), weight.quant_state.absmax]
+        elif self.stored.scales is not None:
+            parts = [weight.detach(), self.stored.scales]
+        else:
+            parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+        plain = [part for part in parts if part is not None and type(part) in (Tensor, nn.Parameter)]
+        return [part.detach().contiguous().view(torch.uint8) for part in plain]
 
 
 class _QuantisedProduct(torch.autograd.Function):
@@ -134,7 +137,7 @@ class ShardedWeight:
         for axis in by_columns:
             start = mesh.get_local_rank(axis) * -(-weight.shape[1] // mesh.size(axis))  # as torch.chunk divides
             matrix = matrix[:, start : start + local.shape[1]]
-        products = reduce_weight(local, matrix)
+        products = reduce_weight(local, matrix).to(mesh.device_type)  # offloaded weights are on the CPU
         shape = torch.Size((weight.shape[0], matrix.shape[0]))
         placements = [Partial() if axis in by_columns else place for axis, place in enumerate(weight.placements)]
         gathered = DTensor.from_local(products, mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1))
@@ -145,6 +148,34 @@ class ShardedWeight:
 def rows_of_part(rows: Float[Tensor, "out_features columns"], part: str | None) -> Float[Tensor, "_ columns"]:
     """Return the rows of one part of a fused layer as a view; all rows if `part` is None."""
     return rows if part is None else rows.chunk(len(PARTS))[PARTS.index(part)]
+
+
+def probe_weight(weight: Float[Tensor, "out_features in_features"] | QuantisedWeight | ShardedWeight) -> Tensor | None:
+    """Return one number per row of a frozen weight, which changes when an entry does (also through `.data`).
+
+    None for a sharded weight. Of a quantised weight the stored bytes are probed, and those of their scales.
+    """
+    if isinstance(weight, ShardedWeight):
+        return None
+    if isinstance(weight, QuantisedWeight):
+        return torch.cat([_probe_rows(_as_rows(part)) for part in weight.raw()])
+    return _probe_rows(weight)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """Return a tensor of any shape as rows of at most 1024 numbers, the last one filled up with zeros."""
+    flat = tensor.flatten()
+    return functional.pad(flat, (0, -len(flat) % min(len(flat), 1024))).view(-1, min(len(flat), 1024))
+
+
+def _probe_rows(weight: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
+    """Every entry counts with a factor between 0.5 and 2.5, in float32 at least.
+
+    A change that the probe's rounding hides is below the rounding of the layer's own product.
+    """
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    phases = torch.arange(weight.shape[1], device=weight.device, dtype=torch.float32) * 12.9898
+    return weight.to(dtype) @ (1.5 + phases.sin()).to(dtype)
 
 
 # ---- what layers hold ------------------------------------------------------------------------------------------------
@@ -164,6 +195,28 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
         return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
     rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
     return (int(columns), int(rows)) if isinstance(layer, Conv1D) else (int(rows), int(columns))
+
+
+def refuse_layers_without_gradients(model: nn.Module) -> None:
+    """Raise ValueError if a layer quantised by torchao gives no gradient to its input, which nothing else would tell.
+
+    So do those that quantise their inputs, too (torchao 0.18). One layer of each kind is tried.
+    """
+    kinds: dict[str, tuple[str, Any]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("torchao."):
+            weight: Any = layer.weight
+            kinds.setdefault(f"{type(weight)} {weight.__tensor_flatten__()[1]}", (name, layer))
+    for name, layer in kinds.values():
+        bias_dtype = layer.weight.dtype if layer.bias is None else layer.bias.dtype
+        with torch.enable_grad():
+            x = torch.zeros(1, layer.in_features, device=layer.weight.device, dtype=bias_dtype, requires_grad=True)
+            passes = layer(x).requires_grad
+        if not passes:
+            raise ValueError(
+                f"{name} ({type(layer.weight).__name__}) gives no gradients to its input, so nothing before it could "
+                "be trained. Quantise weights only, as Int8WeightOnlyConfig does."
+            )
 
 
 def stored_weight(layer: Any) -> Stored:
@@ -228,6 +281,12 @@ def stop_repacking(model: nn.Module) -> list[Any]:
     for layer in layers:
         layer.support_avx512bf16_for_cpu = False
     return layers
+
+
+def torchao_config(model: nn.Module) -> Any:
+    """Return what transformers quantised a model with through torchao, or None."""
+    config: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return config.get_apply_tensor_subclass() if hasattr(config, "get_apply_tensor_subclass") else None
 
 
 def _requantise_torchao(layer: nn.Module, dense: Tensor, torchao_config: Any) -> None:
