@@ -258,6 +258,39 @@ def test_copies_are_whole_and_independent(folder, kind):
     assert not torch.equal(model(input_ids=TOKENS).logits, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*dynamic.*quantiz")
+def test_layers_that_quantise_their_inputs_and_give_them_no_gradient_are_refused(folder):
+    config = TorchAoConfig(quantization.Int8DynamicActivationInt8WeightConfig())
+    backbone = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    layer = backbone.model.layers[0].self_attn.o_proj
+    with pytest.raises(ValueError, match="gives no gradients to its input"):
+        get_peft_model(backbone, GiftConfig())
+    assert backbone.model.layers[0].self_attn.o_proj is layer
+
+
+@torch.no_grad()
+def test_packed_bytes_that_are_no_numbers_are_compared_as_bytes(folder):
+    options = {"bnb_4bit_quant_storage": "bfloat16", "bnb_4bit_compute_dtype": "float32"}
+    config = BitsAndBytesConfig(load_in_4bit=True, **options)
+    backbone = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    model, calls = get_peft_model(backbone, GiftConfig(r=4, num_clusters=6)).eval(), []
+    model.base_model.gift_generators["default"]["all-64"].register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        model(input_ids=TOKENS)
+    assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_weights_of_eight_bit_floats_are_evaluated(folder):
+    config = TorchAoConfig(quantization.Float8WeightOnlyConfig())
+    backbone = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    model = perturb(get_peft_model(backbone, GiftConfig(r=4, num_clusters=6)), std=0.2).eval()
+    before = model(input_ids=TOKENS).logits
+    assert torch.equal(model(input_ids=TOKENS).logits, before)
+    model.base_model.gift_source.drop()
+    assert torch.equal(model(input_ids=TOKENS).logits, before)
+
+
 def test_parts_of_a_fused_quantised_layer_are_adapted():
     backbone = make_vit(embed_dim=64)
     for block in backbone.blocks:
@@ -315,4 +348,4 @@ def test_the_images_of_a_quantised_vit_are_classified_as_by_the_dequantised_one(
     model, dense = (perturb(get_peft_model(net, GiftConfig(r=4, num_clusters=6))).eval() for net in (backbone, twin))
     dense.base_model.gift_generators.load_state_dict(model.base_model.gift_generators.state_dict())
     with torch.no_grad():
-        assert (model(make_images()) - dense(make_images())).norm() < 1e-3 * dense(make_images()).norm()
+        assert (model(make_images()) - dense(make_images())).norm() < 0.02 * dense(make_images()).norm()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -168,7 +168,7 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return functional.pad(flat, (0, -len(flat) % min(len(flat), 1024))).view(-1, min(len(flat), 1024))
 
 
-def _probe_rows(weight: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
+def _probe_rows(weight: Shaped[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
     """Every entry counts with a factor between 0.5 and 2.5, in float32 at least.
 
     A change that the probe's rounding hides is below the rounding of the layer's own product.
