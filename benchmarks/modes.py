@@ -344,12 +344,12 @@ MODES: dict[str, Mode] = {
 }
 
 
-def try_parallel(generators: list[str]) -> dict[str, dict[str, Any]]:
+def try_parallel(generators: list[str], only: str) -> dict[str, dict[str, Any]]:
     """Return the same for the modes of two processes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "modes.json"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        subprocess.run([*launch, PARALLEL, "--out", path, "--generators", *generators], check=True)
+        subprocess.run([*launch, PARALLEL, "--out", path, "--only", only, "--generators", *generators], check=True)
         return json.loads(path.read_text())
 
 
@@ -362,7 +362,7 @@ def parse() -> argparse.Namespace:
         epilog="example: python benchmarks/modes.py --out results/modes.json",
     )
     parser.add_argument("--generators", nargs="+", default=list(GENERATORS), choices=GENERATORS)
-    parser.add_argument("--modes", nargs="+", choices=[*MODES, "parallel"], help="by default all")
+    parser.add_argument("--only", default="", help="part of the names of the modes to try; by default all")
     parser.add_argument("--out", type=Path, help="JSON file for the table")
     parser.add_argument("--write-docs", type=Path, metavar="MD", help="put the table between the markers of this file")
     return parser.parse_args()
@@ -371,14 +371,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)
-    chosen = arguments.modes or [*MODES, "parallel"]
     results = {
         name: {generator: try_mode(mode, generator) for generator in arguments.generators}
         for name, mode in MODES.items()
-        if name in chosen
+        if arguments.only in name
     }
-    if "parallel" in chosen:
-        results |= try_parallel(arguments.generators)
+    results |= try_parallel(arguments.generators, arguments.only)
     print(table(results))
     if arguments.write_docs is not None:
         replace_between(arguments.write_docs, START, END, table(results))

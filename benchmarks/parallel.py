@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from interleaved import write_json
 from mode_table import Mode, try_mode
-from modes import backward, checkpoint_blocks
+from modes import backward, checkpoint_blocks, inner_model
 from peft import PeftModel
 from plain import (
     GENERATORS,
@@ -90,8 +90,7 @@ def worst_of_all(difference: float) -> float:
 # ---- wrappers --------------------------------------------------------------------------------------------------------
 
 
-def ddp(model: nn.Module, **options: bool) -> nn.Module:
-    return DistributedDataParallel(model, **options)
+ddp = DistributedDataParallel
 
 
 def ddp_inside(model: nn.Module) -> nn.Module:
@@ -226,7 +225,6 @@ def evaluate(generator: str) -> float:
 
 @torch.no_grad()
 def reload_shards(generator: str) -> float:
-    """Write every process's shards of what is trained, destroy them, and read them again."""
     sharded, plain, images = sharded_and_plain(generator)
     trained = StateDictOptions(ignore_frozen_params=True)
     with shared_folder() as folder:
@@ -241,7 +239,6 @@ def reload_shards(generator: str) -> float:
 
 @torch.no_grad()
 def load_whole_into_shards(generator: str) -> float:
-    """Read an adapter of one process into a sharded model."""
     sharded, plain, images = sharded_and_plain(generator)
     for parameter in sharded.parameters():
         if parameter.requires_grad:
@@ -252,7 +249,6 @@ def load_whole_into_shards(generator: str) -> float:
 
 
 def save_and_load(generator: str) -> float:
-    """Save as one adapter folder, and load it in every process by itself."""
     sharded, plain, images = sharded_and_plain(generator)
     state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     with shared_folder() as folder, torch.no_grad():
@@ -309,15 +305,14 @@ def shared_folder() -> Iterator[str]:
 
 DDP_INSIDE = "put around the inner model only"
 DDP_LATER = "were not when DistributedDataParallel was made"
-FSDP_INSIDE = "applied to the inner model or its blocks only"
+FSDP_INSIDE = "applied to the inner model or some of its parts only"
 REENTRANT = "Use non-reentrant checkpointing"
-FSDP1 = "FSDP1 and DeepSpeed ZeRO-3 keep frozen weights where a generator cannot read them"
+FSDP1 = "wrapped by FSDP1|FSDP1 and DeepSpeed ZeRO-3 keep frozen weights"
 
 MODES: dict[str, Mode] = {
     "DDP": Mode(against_plain(ddp)),
     "DDP, no_sync": Mode(against_plain(ddp, step=accumulate)),
     "DDP, after evaluation": Mode(against_plain(ddp, step=after_evaluation)),
-    "DDP, find_unused_parameters": Mode(against_plain(partial(ddp, find_unused_parameters=True))),
     "DDP, checkpointing": Mode(against_plain(ddp, checkpoint_blocks(use_reentrant=False))),
     "DDP, reentrant checkpointing": Mode(against_plain(ddp, checkpoint_blocks(use_reentrant=True)), raises=REENTRANT),
     "DDP, reentrant, static_graph": Mode(
@@ -360,7 +355,15 @@ MODES: dict[str, Mode] = {
     "FSDP2, saved as one adapter (outputs)": Mode(save_and_load),
     "FSDP2, saved without gathering": Mode(save_one_shard, raises="Gather the state on all of them"),
     "FSDP2, merged": Mode(merge_shards, raises="sharded over processes, so nothing was merged"),
+    "FSDP2, blocks and generators only": Mode(against_plain(shard("blocks", "generators")), raises=FSDP_INSIDE),
+    "FSDP2, inner model called": Mode(
+        against_plain(lambda model: inner_model(shard("blocks", "PeftModel")(model))), raises="Call the PeftModel"
+    ),
     "FSDP1, blocks": Mode(against_plain(fsdp1), raises=FSDP1),
+    "FSDP1, whole model": Mode(
+        against_plain(partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))),
+        raises="wrapped by FSDP1",
+    ),
 }
 
 

@@ -191,6 +191,17 @@ def test_gradients_that_a_later_forward_would_lose_to_reentrant_checkpointing_ra
         loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpointing_that_would_pass_no_gradients_raises_in_the_backward_pass():
+    model, images = make_adapted_vit(), make_images()
+    for block in model.base_model.model.blocks:
+        block.forward = lambda x, f=block.forward: checkpoint(f, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="passed no gradients to the adapted layers"):
+        model(images).square().sum().backward()
+    model(images.requires_grad_()).square().sum().backward()
+    assert all(p.grad is not None for p in model.base_model.gift_generators.parameters())
+
+
 def test_two_forwards_before_one_backward_add_up():
     model, images, others = make_adapted_vit().double(), make_images().double(), make_images(seed=5).double()
     one, other = gradients(model, images), gradients(model, others)

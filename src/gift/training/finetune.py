@@ -167,6 +167,7 @@ def _training_arguments(checkpoints: Path, options: FinetuneOptions) -> Training
         data_seed=options.seed,
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         use_cpu=not torch.accelerator.is_available(),  # or processes without accelerators would not find each other
         eval_strategy="epoch" if options.evaluate_every_epoch else "no",
         logging_strategy="epoch",

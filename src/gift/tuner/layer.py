@@ -301,8 +301,8 @@ class GiftLinear(nn.Module, BaseTunerLayer):
     def _merge_quantised(self, merged: Float[Tensor, "out_features in_features"]) -> None:
         original = self.gift_original_stored or stored_weight(self.base_layer)
         warnings.warn(
-            f"Merging into {self.gift_name} quantises the merged weight again, which rounds the residual: outputs "
-            "differ from those of the unmerged adapter.",
+            "Merging quantises the merged weights again, which rounds the residual: outputs differ from those of the "
+            "unmerged adapter.",
             stacklevel=2,
         )
         requantise(self.base_layer, merged, self.gift_source.torchao_config)
@@ -317,6 +317,11 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         if self.gift_original_weight is None:
             return
         stored = self.weight.data
+        if isinstance(stored, DTensor) and not isinstance(self.gift_original_weight, DTensor):
+            raise RuntimeError(
+                f"{self.gift_name} was merged before it was sharded, so its original weight cannot be restored. Load "
+                "the backbone and the adapter again, or unmerge before fully_shard."
+            )
         stored.copy_(self.gift_original_weight)
         self.gift_original_weight = None
         self.merged_adapters.clear()

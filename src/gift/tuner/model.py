@@ -62,8 +62,7 @@ class GiftModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.gift_generators = nn.ModuleDict()
         self.gift_source = FactorSource(self.gift_generators, torchao_config=torchao_config(model), model=model)
-        self._gift_hooks: list[Any] = []
-        self._gift_not_repacked: list[Any] = []
+        self._gift_hooks, self._gift_not_repacked = [], []  # to be removed and restored when the adapter goes
         self._gift_planned: dict[str, set[str]] = {}  # by adapter, the names of its target layers
 
     def inject_adapter(
@@ -273,9 +272,8 @@ class GiftModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for hook in self._gift_hooks:
-            hook.remove()
-        self._gift_hooks = []
+        while self._gift_hooks:
+            self._gift_hooks.pop().remove()
         self._allow_repacking()
         return model  # type: ignore[return-value]
 

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -36,28 +37,44 @@ def refuse_reentrant() -> None:
 
 
 def refuse_gradients_kept_apart(model: nn.Module, generators: nn.Module) -> None:
-    """Raise RuntimeError if the model is wrapped in such a way that every process would train its own generator.
+    """Raise RuntimeError if the model is wrapped in such a way that every process would train on its own.
 
     Args:
         model: The wrapped model, without the tuner.
         generators: The generators, which live on the tuner.
     """
-    names = {parameter: name for name, parameter in generators.named_parameters() if parameter.requires_grad}
-    trained = {parameter for parameter in names if not parameter._post_accumulate_grad_hooks}  # averaged by hand
+    named = [*generators.named_parameters(prefix="gift_generators"), *model.named_parameters()]
+    # A hook on a gradient stands for averaging by hand.
+    names = {p: name for name, p in named if p.requires_grad and not p._post_accumulate_grad_hooks}
     ddp = DistributedDataParallel._get_active_ddp_module()
     if ddp is not None:
-        _refuse_outside_ddp(ddp, trained)
+        _refuse_outside_ddp(ddp, set(names))
         return
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    apart = trained - _managed_by_fsdp(sharded, generators) if sharded else set()
+    units = [module for module in (*model.modules(), *generators.modules()) if isinstance(module, FSDPModule)]
+    apart = set(names) - _managed_by_fsdp(units, (model, generators)) if units else set()
     if apart:
-        adapter = next(names[parameter] for parameter in names if parameter in apart).partition(".")[0]
+        name = next(names[parameter] for parameter in names if parameter in apart)
         raise RuntimeError(
-            f"fully_shard was applied to the inner model or its blocks only, or before adapter {adapter!r} was added, "
-            "so the gradients of its generators would not be averaged over the processes. Apply it to the PeftModel "
-            "too, after the blocks, or to every generator: for one in "
-            f"model.base_model.gift_generators[{adapter!r}].values(): fully_shard(one)."
+            "fully_shard was applied to the inner model or some of its parts only, or before an adapter was added, so "
+            f"the gradients of {name} would not be averaged over the processes. Apply it to the PeftModel, after the "
+            "blocks and after every add_adapter: for block in blocks: fully_shard(block); fully_shard(model)."
         )
+
+
+def refuse_unread_generators(generators: nn.Module) -> None:
+    """Raise RuntimeError if FSDP holds the generators' parameters and did not gather them for this call."""
+    for generator in (one for of_adapter in generators.children() for one in of_adapter.children()):
+        first: Any = generator.recover
+        if not isinstance(first, nn.Parameter):  # but a view of a flat one
+            raise RuntimeError(
+                "The model is wrapped by FSDP1 (FullyShardedDataParallel), which puts the generators' parameters into "
+                "flat ones. Use FSDP2 (fully_shard, or fsdp_version 2 in accelerate) or DDP."
+            )
+        if isinstance(first, DTensor) and not isinstance(generator, FSDPModule):
+            raise RuntimeError(
+                "The generators are sharded and were not gathered for this call. Call the PeftModel, not the model "
+                "inside; for generate, say register_fsdp_forward_method(model, 'generate') first."
+            )
 
 
 def _refuse_outside_ddp(ddp: DistributedDataParallel, trained: Set[Tensor]) -> None:
@@ -88,25 +105,21 @@ def sharded_parameters(model: nn.Module) -> "dict[nn.Module, Any]":
     return {record._module_info.module: record for record in records if record._module_info.param_name == "weight"}
 
 
-def _managed_by_fsdp(sharded: Sequence[FSDPModule], generators: nn.Module) -> set[Tensor]:
-    """Return the parameters of the generators whose gradients FSDP2 averages.
+def _managed_by_fsdp(units: Sequence[FSDPModule], roots: Sequence[nn.Module]) -> Set[Tensor]:
+    """Return the parameters whose gradients FSDP2 averages.
 
     While they are gathered they look like any parameter, and torch tells only through these private attributes which
     ones they are; the tests notice if that changes.
     """
-    own = [module for module in generators.modules() if isinstance(module, FSDPModule)]
-    states = {state for module in (*sharded, *own) for state in _states(module)}
-    modules = {
-        parameter._module_info.module
-        for state in states
-        for group in state._fsdp_param_groups
-        for parameter in group.fsdp_params
-    }
+    states = {state for unit in units for state in _states(unit)}
+    records = [record for state in states for group in state._fsdp_param_groups for record in group.fsdp_params]
+    managed = {(record._module_info.module, record._module_info.param_name) for record in records}
     return {
         parameter
-        for module in generators.modules()
-        if module in modules
-        for parameter in module.parameters(recurse=False)
+        for root in roots
+        for module in root.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if (module, name) in managed or isinstance(parameter, DTensor)
     }
 
 

@@ -6,6 +6,7 @@ much as fully fine-tuning the layer. T tokens, N out_features, d rank: the extra
 twice that backward for `factored`, and 2 N d d_in forward and 2 T d (2 d_in + 2 N) backward for `dense`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,14 @@ class LayerFactors:
             self.left.detach().requires_grad_(self.left.requires_grad),
             self.right.detach().requires_grad_(self.right.requires_grad),
         )
+
+
+def sum_of_residuals(pieces: Sequence[tuple[Tensor, Tensor]]) -> LayerFactors:
+    """Return the factors of the sum of several residuals: their factors side by side."""
+    if len(pieces) == 1:
+        return LayerFactors(*pieces[0])
+    lefts, rights = zip(*pieces, strict=True)
+    return LayerFactors(torch.cat(lefts, dim=1), torch.cat(rights, dim=0))
 
 
 class _Factored(torch.autograd.Function):

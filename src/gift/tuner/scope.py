@@ -20,13 +20,20 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from gift.tuner.generator import Factors
 from gift.tuner.layer import GiftLinear
-from gift.tuner.processes import is_distributed, refuse_gradients_kept_apart, refuse_reentrant, sharded_parameters
-from gift.tuner.products import LayerFactors
+from gift.tuner.processes import (
+    is_distributed,
+    refuse_gradients_kept_apart,
+    refuse_reentrant,
+    refuse_unread_generators,
+    sharded_parameters,
+)
+from gift.tuner.products import LayerFactors, sum_of_residuals
 from gift.tuner.targets import Target
-from gift.tuner.weights import PARTS, probe_weight
+from gift.tuner.weights import join_parts, probe_weight
 
 
 @dataclass
@@ -70,8 +77,8 @@ class FactorSource:
     def __post_init__(self) -> None:
         """Start with nothing generated."""
         self._forget()
-        # Layers known to be called by the wrapped model's forward, for every mode it can run in: with and without
-        # gradients, training and evaluating. torch's own Transformer layers read weights directly in one of them.
+        # Layers known to be called by the wrapped model, with and without gradients, training and evaluating: torch's
+        # own Transformer layers read weights directly in one of these modes.
         self._checked: dict[tuple[bool, bool], set[str]] = {}
 
     def _forget(self) -> None:
@@ -82,6 +89,7 @@ class FactorSource:
         self._from_scope: dict[str, LayerFactors] = {}  # of the last scope, for recomputation
         self._called: set[str] = set()  # layers called since the last scope opened
         self._reentrant: set[str] = set()  # layers called without gradients inside a scope with gradients
+        self._recomputed = False  # whether any of them was called again in a backward pass
         self._kept: dict[str, _Kept] = {}
         self._kept_parameters: list[Tensor] = []
         self._pinned: dict[int, set[str]] = {}  # by thread: layers whose factors were compared since they were pinned
@@ -103,6 +111,7 @@ class FactorSource:
     def look_at_wrappers(self, has_graph: bool) -> None:
         """Note which weights FSDP2 shards; raise RuntimeError if the generators' gradients would be kept apart."""
         if self.model is not None:
+            refuse_unread_generators(self.generators)
             self._sharded = sharded_parameters(self.model)
             if has_graph:
                 refuse_gradients_kept_apart(self.model, self.generators)
@@ -153,7 +162,7 @@ class FactorSource:
                 for name, left in _left_by_layer(served, factors).items():
                     scaling = self.layers[name].gift_scaling[adapter]
                     pieces[name].append((left if scaling == 1 else left * scaling, factors.right))
-        return {name: _sum(of_layer) for name, of_layer in pieces.items()}
+        return {name: sum_of_residuals(of_layer) for name, of_layer in pieces.items()}
 
     def _generate_or_reuse(self, layers: Sequence[GiftLinear]) -> dict[str, LayerFactors]:
         if torch.compiler.is_compiling() or self._need_graph(layers):
@@ -243,6 +252,7 @@ class FactorSource:
             return
         if scope.has_graph:
             self._from_scope = {name: factors.detached() for name, factors in scope.factors.items()}
+            self._expect_recomputation(output)
         if output is not None:
             self._check_called(module, set(scope.layers))
 
@@ -260,6 +270,27 @@ class FactorSource:
         checked.update(names)
         self._called.clear()
 
+    def _expect_recomputation(self, output: Any) -> None:
+        """Let the backward pass of `output` raise if it ends without calling any checkpointed layer again."""
+        self._recomputed, started = False, []
+
+        def check_at_the_end(_: Tensor) -> None:
+            if not started:
+                started.append(True)
+                torch.autograd.Variable._execution_engine.queue_callback(self._check_recomputed)
+
+        for tensor in tree_leaves(output) if self._reentrant else ():
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(check_at_the_end)
+
+    def _check_recomputed(self) -> None:
+        if not self._recomputed:
+            raise RuntimeError(
+                "Reentrant checkpointing passed no gradients to the adapted layers, since no input of the checkpointed "
+                "blocks needs gradients. Use non-reentrant checkpointing (gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}), or call model.enable_input_require_grads() first."
+            )
+
     def factors(self, layer: GiftLinear) -> LayerFactors:
         """Return the factors for one call of `layer`: of the open scope, kept ones, or made for this call."""
         name, scope = layer.gift_name, self._scopes.get(_thread())
@@ -269,6 +300,7 @@ class FactorSource:
         if scope is not None and name in scope.factors:
             self._note_call(name, scope)
             return scope.factors[name]
+        self._recomputed = self._recomputed or is_recomputing
         if is_recomputing and name in self._from_scope and name not in self._reentrant:
             return _refusing_gradients(self._from_scope[name])
         if not is_recomputing:
@@ -286,8 +318,10 @@ class FactorSource:
     def input_residual(self, layer: GiftLinear, x: Tensor) -> Tensor:
         """Return what to add to the input of a layer: x psi^T phi^T, summed over the adapters in effect."""
         scope = self._scopes.get(_thread())
-        if scope is not None and not torch.compiler.is_compiling():
-            self._note_call(layer.gift_name, scope)
+        if not torch.compiler.is_compiling():
+            self._recomputed = self._recomputed or torch._C._current_graph_task_id() != -1
+            if scope is not None:
+                self._note_call(layer.gift_name, scope)
         residual = torch.zeros_like(x)
         for adapter in layer.adapters_in_effect:
             generator: Any = self._generator_of(adapter, layer)
@@ -303,7 +337,7 @@ class FactorSource:
 
 @torch.compiler.assume_constant_result
 def _look_at_wrappers(token: int, has_graph: bool) -> bool:
-    """Look at the wrappers of one model; while it is compiled this runs once, with real objects, hence the token."""
+    """Look at the wrappers of one model; in compilation this runs once, with real objects, hence the token."""
     _sources[token].look_at_wrappers(has_graph)
     return True
 
@@ -343,24 +377,10 @@ def _refusing_gradients(factors: LayerFactors) -> LayerFactors:
 
 
 def _left_by_layer(targets: list[Target], factors: Factors) -> dict[str, Tensor]:
-    """Return the left factor of whole layers; rows of parts that are no targets are zero."""
     by_layer: dict[str, dict[str | None, Tensor]] = {}
     for target, left in zip(targets, factors.left, strict=True):
         by_layer.setdefault(target.layer, {})[target.part] = left
-    return {name: parts[None] if None in parts else _join_parts(parts) for name, parts in by_layer.items()}
-
-
-def _join_parts(parts: dict[str | None, Tensor]) -> Tensor:
-    zeros = torch.zeros_like(next(iter(parts.values())))
-    return torch.cat([parts.get(part, zeros) for part in PARTS])
-
-
-def _sum(pieces: list[tuple[Tensor, Tensor]]) -> LayerFactors:
-    """Return the factors of the sum of several residuals: their factors side by side."""
-    if len(pieces) == 1:
-        return LayerFactors(*pieces[0])
-    lefts, rights = zip(*pieces, strict=True)
-    return LayerFactors(torch.cat(lefts, dim=1), torch.cat(rights, dim=0))
+    return {name: parts[None] if None in parts else join_parts(parts) for name, parts in by_layer.items()}
 
 
 def _is_valid(kept: _Kept | None, layer: GiftLinear, trusted: bool) -> bool:

@@ -5,6 +5,7 @@ product and forgotten; the rows of a sharded weight are reduced where they lie, 
 """
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -148,6 +149,12 @@ class ShardedWeight:
 def rows_of_part(rows: Float[Tensor, "out_features columns"], part: str | None) -> Float[Tensor, "_ columns"]:
     """Return the rows of one part of a fused layer as a view; all rows if `part` is None."""
     return rows if part is None else rows.chunk(len(PARTS))[PARTS.index(part)]
+
+
+def join_parts(parts: Mapping[str | None, Tensor]) -> Tensor:
+    """Return the rows of a whole fused layer from those of some of its parts; the others are zero."""
+    zeros = torch.zeros_like(next(iter(parts.values())))
+    return torch.cat([parts.get(part, zeros) for part in PARTS])
 
 
 def probe_weight(weight: Float[Tensor, "out_features in_features"] | QuantisedWeight | ShardedWeight) -> Tensor | None:
