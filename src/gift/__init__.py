@@ -3,6 +3,7 @@
 Importing this package makes GIFT known to PEFT, so import it before `PeftModel.from_pretrained`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gift.backbones import SMALL_BACKBONE
@@ -12,21 +13,36 @@ from gift.tuner.model import GiftModel
 from gift.tuner.registration import register
 
 if TYPE_CHECKING:
+    from gift.explain.clusters import ClusterMaps, explain_images
     from gift.training.arguments import FinetuneOptions
     from gift.training.finetune import finetune
 
 register()
 
-__all__ = ["SMALL_BACKBONE", "FinetuneOptions", "GiftConfig", "GiftLinear", "GiftModel", "finetune"]
+__all__ = [
+    "SMALL_BACKBONE",
+    "ClusterMaps",
+    "FinetuneOptions",
+    "GiftConfig",
+    "GiftLinear",
+    "GiftModel",
+    "explain_images",
+    "finetune",
+]
+
+# What takes seconds to import (the Trainer, matplotlib) and not everyone needs: imported when it is first used.
+_LATE = {
+    "ClusterMaps": "gift.explain.clusters",
+    "explain_images": "gift.explain.clusters",
+    "FinetuneOptions": "gift.training.arguments",
+    "finetune": "gift.training.finetune",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs the Trainer when it is first used: that takes seconds, and not everyone needs it."""
-    if name not in __all__:
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gift.training import arguments, finetune  # noqa: PLC0415
-
-    globals().update(FinetuneOptions=arguments.FinetuneOptions, finetune=finetune.finetune)
+    globals()[name] = getattr(import_module(_LATE[name]), name)
     return globals()[name]
 
 

@@ -1,7 +1,7 @@
 """What we know of each Transformer family, as data: one row of `FAMILIES` per family.
 
-To support a new family, add a row and a line to the tables in `tests/test_backbones.py`. Nothing else in the package
-may depend on which family a model belongs to. Layer names follow timm 1.0 and transformers 5.
+For a new family, add a row and a line to the tables in `tests/test_backbones.py`. Nothing else in the package may depend
+on which family a model belongs to. Layer names follow timm 1.0 and transformers 5.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,9 @@ class Family:
             where the tokens are not a grid of image patches: text, or a masked autoencoder.
         patch_grid: Path to the patch size (one number or a pair), or to a method from (height, width) to the grid.
         hierarchical: True if the grid halves from stage to stage, attention sees one window of it at a time, and an
-            image that is no whole number of patches is padded (other families cut it).
+            image that is no whole number of patches is padded (other families cut it). Its stages are called `layers.N`
+            and its blocks hold `window_size` and `shift_size`.
+        pads_before_shift: True if a grid that is no whole number of windows is padded before it is shifted.
         fused_qkv: Suffix of the layer that yields query, key and value as three equal contiguous parts.
         reads_qkv_in: Class of the attention that may use the weight of that layer without calling the layer.
     """
@@ -44,6 +46,7 @@ class Family:
     prefix_tokens: tuple[int | str, ...] | None = None
     patch_grid: str | None = None
     hierarchical: bool = False
+    pads_before_shift: bool = False
     fused_qkv: str | None = None
     reads_qkv_in: str | None = None
 
@@ -151,6 +154,7 @@ FAMILIES: tuple[Family, ...] = (
         prefix_tokens=(),
         patch_grid="config.patch_size",
         hierarchical=True,
+        pads_before_shift=True,
     ),
     Family(
         name="Swin v2",
@@ -160,6 +164,7 @@ FAMILIES: tuple[Family, ...] = (
         prefix_tokens=(),
         patch_grid="config.patch_size",
         hierarchical=True,
+        pads_before_shift=True,
     ),
     # CLIP and SigLIP hold a text and a vision tower: the tokens and the grid are those of the vision tower.
     Family(
@@ -312,10 +317,22 @@ def patch_grid(model: nn.Module, height: int, width: int) -> tuple[int, int]:
     source = attrgetter(str(family.patch_grid))(backbone)
     if isinstance(source, MethodType):
         return source((height, width))
-    patch_height, patch_width = (source, source) if isinstance(source, int) else source
+    rows, columns = patch_size(model)
     if family.hierarchical:
-        return -(-height // patch_height), -(-width // patch_width)
-    return height // patch_height, width // patch_width
+        return -(-height // rows), -(-width // columns)
+    return height // rows, width // columns
+
+
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Return the height and width in pixels of the patches that `model` cuts images into.
+
+    Raises:
+        ValueError: As for `patch_grid`.
+    """
+    backbone, family = _image_backbone(model)
+    source = attrgetter(str(family.patch_grid))(backbone)
+    size = backbone.patch_embed.patch_size if isinstance(source, MethodType) else source  # type: ignore[union-attr]
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))  # type: ignore[index]
 
 
 def reads_weight_directly(parent: nn.Module, child_name: str) -> bool:

@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from gift.backbones import SMALL_BACKBONE, default_targets
 from gift.data.images import LabelledImages, NormalisedImages
 from gift.data.offline import draw_flowers, part_coverage, read_digits
 from gift.data.rendered import PARTS, RenderedFlower
-from gift.explain.clusters import ClusterMaps, explain_images, without_common_part
+from gift.explain.clusters import ClusterMaps, explain_images
 from gift.explain.render import Sheet, draw_sheets
 from gift.explain.scores import choose_distinct, class_separation, part_agreement
 from gift.training.arguments import FinetuneOptions, FinetuneResult
@@ -293,8 +293,8 @@ def explain(task: Task, result: FinetuneResult) -> tuple[Sheet, list[str]]:
 def _maps(task: Task, model: PeftModel) -> tuple[ClusterMaps, ClusterMaps]:
     """Return what the clusters respond to more than others, in training and in test images."""
     images = (_items(images).pixel_values for images in (task.train[:IMAGES_TO_CHOOSE_ON], task.test))
-    train, test = (explain_images(model, pixels) for pixels in images)
-    return replace(train, maps=without_common_part(train.maps)), replace(test, maps=without_common_part(test.maps))
+    train, test = (explain_images(model, pixels, reading="own") for pixels in images)
+    return train, test
 
 
 def _agreement(maps: ClusterMaps, drawn: list[RenderedFlower]) -> Float[np.ndarray, "layers clusters parts"]:

@@ -1,25 +1,23 @@
-"""Record what adapted layers put out, and leave the model as it was."""
+"""Watch the layers of a model, and leave it as it was."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from gift.tuner.layer import GiftLinear
+
 
 @contextmanager
-def recorded_outputs(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict that holds, after each forward pass, the output of every layer by its name."""
-    outputs: dict[str, Tensor] = {}
+def watched(layers: Mapping[str, nn.Module], watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `watch` with the name and the output of every layer whenever it runs."""
 
-    def recorder(name: str):  # noqa: ANN202 - a hook, whose type PyTorch spells out
-        def record(module: nn.Module, args: tuple, output: Tensor) -> None:
-            outputs[name] = output.detach()
+    def watcher(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        return lambda module, args, output: watch(name, output.detach())
 
-        return record
-
-    hooks = [layer.register_forward_hook(recorder(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(watcher(name)) for name, layer in layers.items()]
     try:
-        yield outputs
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -35,3 +33,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def before_adaptation(layers: Iterable[GiftLinear]) -> Iterator[None]:
+    """Let layers put out what they did before adaptation; heads and the choice of adapters stay."""
+    before = {layer: layer._disable_adapters for layer in layers}
+    try:
+        for layer in before:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in before.items():
+            layer._disable_adapters = disabled

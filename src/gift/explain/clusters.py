@@ -5,130 +5,168 @@ shape (out_features, clusters). With f the output tokens of the adapted layer, l
 tokens, f C has one map per cluster (GIFT, arXiv 2312.00700, first version: clusters as a segmentation head).
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gift.backbones import patch_grid, prefix_tokens
-from gift.explain.capture import evaluating, recorded_outputs
-from gift.tuner.layer import GiftLinear
-from gift.tuner.model import GiftModel
-from gift.tuner.targets import Target
+from gift.explain.assignments import choose
+from gift.explain.capture import evaluating
+from gift.explain.files import MapsWriter, read_arrays, read_manifest
+from gift.explain.names import ClusterRef
+from gift.explain.readings import Reading
+from gift.explain.recording import IMAGES_PER_PASS, Images, batches_of, logits_of, plan_recording
+from gift.explain.segments import LabelMaps, label_maps
 
-IMAGES_PER_PASS = 64
+PACKAGES = ("gift-peft", "torch", "transformers", "timm", "peft")
 
 
 @dataclass(frozen=True, eq=False)
 class ClusterMaps:
-    """The maps of some images, for every adapted layer and cluster.
+    """The maps of some images, for adapted layers and their clusters.
 
     Attributes:
-        maps: Response of every cluster in every patch, in units of the layer's output.
-        layer_names: Dotted names of the layers in the backbone.
-        assignments: How much every output channel of a layer belongs to every cluster.
+        maps: Response of every cluster in every patch, in units of the layer's output (of its standard deviations where
+            they are whitened); in memory, or on disk where they were streamed or loaded from.
+        layer_names: Dotted names of the layers in the backbone, with the part of a fused layer: `blocks.0.attn.qkv[v]`.
+        assignments: How much every output channel of a layer belongs to every cluster; where layers differ in width,
+            the rows that a narrower one lacks are zero.
         predictions: Index of the predicted class of every image.
+        logits: What the model gave for every image.
+        image_sizes: Height and width of every image in pixels, as the model was given it.
+        layer_numbers: Of the layers, among all that are adapted.
+        cluster_numbers: Of the clusters, among all there are.
+        reading: How the tokens were read; see `gift.explain.readings`.
+        adapted: Whether the layers were adapted, or as they had been before.
+        block: Which of the generator's blocks gave the assignments.
+        versions: Of the packages that made the maps.
     """
 
     maps: Float[np.ndarray, "batch layers clusters rows columns"]
     layer_names: tuple[str, ...]
     assignments: Float[np.ndarray, "layers out_features clusters"]
     predictions: Int[np.ndarray, " batch"]
+    logits: Float[np.ndarray, "batch classes"]
+    image_sizes: Int[np.ndarray, "batch 2"]
+    layer_numbers: tuple[int, ...]
+    cluster_numbers: tuple[int, ...]
+    reading: str
+    adapted: bool
+    block: int
+    versions: dict[str, str]
+
+    def ref(self, layer: int, cluster: int) -> ClusterRef:
+        """Return the name, as in `L8/C28`, of what lies at these places of `maps`."""
+        return ClusterRef(self.layer_numbers[layer], self.cluster_numbers[cluster])
+
+    def segment(self, layer: int | str, clusters: Sequence[int] | None = None) -> LabelMaps:
+        """Return one label map per image: the cluster whose standardised map is highest in a patch.
+
+        Near-duplicates (correlation over 0.9) are merged first.
+
+        Args:
+            layer: Place of the layer in `layer_names`, or its name.
+            clusters: Places of the clusters that may win; all by default.
+        """
+        (here,) = choose(self.layer_names, [layer], "layer")
+        places = choose([str(number) for number in range(len(self.cluster_numbers))], clusters, "cluster")
+        names = [str(self.ref(here, place)) for place in places]
+        sizes = tuple((int(height), int(width)) for height, width in self.image_sizes)
+        return label_maps(np.asarray(self.maps[:, here])[:, places], names, sizes)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the maps into a folder: safetensors and, last, `manifest.json`.
+
+        Raises:
+            ValueError: If the folder holds anything but cluster maps.
+        """
+        with MapsWriter(Path(folder)) as writer:
+            for start in range(0, len(self.maps), IMAGES_PER_PASS):
+                writer.add(np.asarray(self.maps[start : start + IMAGES_PER_PASS], np.float32))
+            _write(writer, self)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "ClusterMaps":
+        """Return the maps of a folder; `maps` stays on disk until it is read.
+
+        Raises:
+            ValueError: If the folder holds no complete maps.
+        """
+        manifest, (maps, arrays) = read_manifest(Path(folder)), read_arrays(Path(folder))
+        manifest |= {name: tuple(manifest[name]) for name in ("layer_names", "layer_numbers", "cluster_numbers")}
+        return cls(maps=maps, **arrays, **manifest)
 
 
-def without_common_part(
-    maps: Float[np.ndarray, "batch layers clusters rows columns"],
-) -> Float[np.ndarray, "batch layers clusters rows columns"]:
-    """Return the maps less what the clusters of a layer share, and less the mean of each map over the image.
-
-    PaCa's assignments are positive, so every map holds the sum of the layer's channels, and training can make that the
-    larger part of all of them. What is left says where a cluster responds more than the others do.
-    """
-    own = maps - maps.mean(axis=2, keepdims=True)
-    return own - own.mean(axis=(3, 4), keepdims=True)
-
-
-@torch.no_grad()
-def explain_images(model: nn.Module, images: Float[Tensor, "batch 3 height width"], block: int = -1) -> ClusterMaps:
-    """Return the cluster maps of images for the active adapter; the model is left as it was.
-
-    Args:
-        model: A `PeftModel`, which is an image classifier of timm or transformers with one active GIFT adapter, of
-            whole layers of one width.
-        images: What the model takes: normalised pixels, on any device.
-        block: Which of the generator's blocks gives the assignment.
-
-    Raises:
-        ValueError: If the model has no such adapter in effect, the adapter no clusters, or the model no patch grid or
-            logits for such images.
-    """
-    layers, assignments = _assignments(model, block)
-    prefix, grid = prefix_tokens(model), patch_grid(model, images.shape[2], images.shape[3])
-    device = next(model.parameters()).device
-    maps, predictions = [], []
-    with evaluating(model), recorded_outputs(layers) as outputs:
-        for batch in images.split(IMAGES_PER_PASS):
-            answer = model(batch.to(device))
-            stacked = [_maps(outputs[name], assignments[name], prefix, grid) for name in layers]
-            maps.append(torch.stack(stacked, dim=1))
-            predictions.append(_logits(answer).argmax(dim=-1))
-    return ClusterMaps(
-        torch.cat(maps).float().cpu().numpy(),
-        tuple(layers),
-        torch.stack(list(assignments.values())).float().cpu().numpy(),
-        torch.cat(predictions).cpu().numpy(),
+def _write(writer: MapsWriter, maps: ClusterMaps) -> None:
+    kept_apart = ("maps", "assignments", "predictions", "logits", "image_sizes")
+    writer.finish(
+        {name: getattr(maps, name) for name in kept_apart[1:]},
+        {name: value for name, value in vars(maps).items() if name not in kept_apart},
     )
 
 
-def _assignments(
-    model: nn.Module, block: int
-) -> tuple[dict[str, GiftLinear], dict[str, Float[Tensor, "out_features clusters"]]]:
-    """Return the adapted layers, in the order of the model, and the assignment of each."""
-    tuner = getattr(model, "base_model", model)
-    if not isinstance(tuner, GiftModel):
-        raise ValueError(f"Cluster maps need a PeftModel with a GIFT adapter, got {type(tuner).__name__}.")
-    if len(tuner.active_adapters) != 1:
-        raise ValueError(f"Cluster maps are of one adapter, but {tuner.active_adapters} are active: use set_adapter.")
-    source, (adapter,) = tuner.gift_source, tuner.active_adapters
-    layers = {name: layer for name, layer in source.layers.items() if adapter in layer.adapters_in_effect}
-    if not layers:
-        raise ValueError(f"The adapter {adapter!r} is disabled or merged: enable or unmerge it first.")
-    assignments: dict[str, Tensor] = {}
-    targets = [Target(name, part) for name, layer in layers.items() for part in layer.gift_parts[adapter]]
-    for _, served, factors in source.generate_targets(adapter, targets):
-        for target, of_blocks in zip(served, factors.assignments, strict=True):
-            assignments[str(target)] = _of_block(target, of_blocks, block)
-    widths = {name: len(assignment) for name, assignment in assignments.items()}
-    if len(set(widths.values())) > 1:
-        raise ValueError(f"The adapted layers must have one output width for their maps, got {widths}.")
-    return layers, {name: assignments[name] for name in layers}
+@torch.no_grad()
+def explain_images(
+    model: nn.Module,
+    images: Images,
+    layers: Sequence[str | int] | None = None,
+    clusters: Sequence[int] | None = None,
+    block: int = -1,
+    reading: Reading | str = "plain",
+    out: Path | str | None = None,
+) -> ClusterMaps:
+    """Return the cluster maps of images for the active adapter, from one forward pass; the model is left as it was.
 
+    Args:
+        model: An image classifier of timm or transformers with one active GIFT adapter, merged or not; or one whose
+            adapter was merged and dropped, and whose clusters were stored (`gift.explain.merged`).
+        images: What the model takes, normalised pixels (batch, 3, height, width) on any device; or batches of them, as
+            a DataLoader gives, which may be dicts with `pixel_values` and must be of one size.
+        layers: Numbers or names (`blocks.0.attn.qkv[v]` for a part) of adapted layers; all by default.
+        clusters: Numbers of clusters; all by default.
+        block: Which of the generator's blocks gives the assignment.
+        reading: How the tokens are read: `plain` (the paper's), `centred`, `own`, or a `Reading`.
+        out: Folder to which the maps are streamed, so that they need not fit into memory; as `save` would leave it.
 
-def _of_block(target: Target, of_blocks: tuple[Tensor, ...], block: int) -> Tensor:
-    if target.part is not None:
-        raise ValueError(f"{target} is a part of a fused layer; there are maps of whole layers only.")
-    if not -len(of_blocks) <= block < len(of_blocks):
-        raise ValueError(f"There is no block {block} with clusters: this generator has {len(of_blocks)} of them.")
-    return of_blocks[block]
-
-
-def _logits(answer: Any) -> Float[Tensor, "batch classes"]:
-    logits = answer if isinstance(answer, Tensor) else getattr(answer, "logits", None)
-    if logits is None or logits.ndim != 2:
-        raise ValueError(f"The model must be an image classifier, which gives logits; it gave {type(answer).__name__}.")
-    return logits
-
-
-def _maps(
-    output: Tensor, assignment: Float[Tensor, "out_features clusters"], prefix: int, grid: tuple[int, int]
-) -> Float[Tensor, "batch clusters rows columns"]:
-    tokens = output[:, prefix:]
-    if tokens.ndim != 3 or tokens.shape[1] != grid[0] * grid[1]:
-        raise ValueError(
-            f"Expected {prefix} prefix and {grid[0]} x {grid[1]} patch tokens, got an output of {tuple(output.shape)}: "
-            "this layer does not see the whole grid of patches at once."
+    Raises:
+        ValueError: If the model has no such adapter in effect, the adapter no clusters, the model no patch grid or
+            logits for such images, a layer or cluster is not there, or `out` holds anything but cluster maps.
+    """
+    plan = plan_recording(model, layers, clusters, block, reading)
+    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    maps: list[np.ndarray] = []
+    logits: list[Tensor] = []
+    sizes: list[tuple[int, int]] = []
+    with MapsWriter(Path(out)) if out is not None else nullcontext() as writer:
+        with evaluating(model), plan.recording() as recorded:
+            for pixels in batches_of(images):
+                logits.append(logits_of(model(pixels.to(first))).float().cpu())
+                sizes += [(pixels.shape[2], pixels.shape[3])] * len(pixels)
+                of_batch = recorded.maps.float().cpu().numpy()
+                maps.append(of_batch) if writer is None else writer.add(of_batch)
+        if not logits:
+            raise ValueError("There are no images to explain.")
+        all_logits = torch.cat(logits).numpy()
+        found = ClusterMaps(
+            maps=np.concatenate(maps) if writer is None else writer.maps,
+            layer_names=tuple(plan.readouts),
+            assignments=plan.stacked_assignments(),
+            predictions=all_logits.argmax(axis=1),
+            logits=all_logits,
+            image_sizes=np.array(sizes),
+            layer_numbers=plan.layer_numbers,
+            cluster_numbers=plan.cluster_numbers,
+            reading=plan.reading.kind,
+            adapted=plan.reading.adapted,
+            block=block,
+            versions={package: version(package) for package in PACKAGES},
         )
-    return (tokens.to(assignment) @ assignment).transpose(1, 2).unflatten(2, grid)
+        if writer is not None:
+            _write(writer, found)
+    return found if out is None else ClusterMaps.load(out)

@@ -29,6 +29,11 @@ class Target(NamedTuple):
     layer: str
     part: str | None = None
 
+    @classmethod
+    def parse(cls, name: str) -> "Target":
+        """Return the target whose string is `name`."""
+        return cls(*_split(name))
+
     def __str__(self) -> str:
         return self.layer if self.part is None else f"{self.layer}[{self.part}]"
 

@@ -1,0 +1,47 @@
+"""A model whose adapter was merged for good, with its clusters beside it."""
+
+from pathlib import Path
+
+from timm.models import save_for_hf
+from torch import nn
+from transformers import PreTrainedModel
+
+from gift.explain.assignments import explained_model, find_tuner
+
+
+def merge_and_save(model: nn.Module, folder: Path | str, block: int = -1, safe_merge: bool = True) -> nn.Module:
+    """Merge the active adapter, write the model and its clusters into a folder, and return the model without adapter.
+
+    `explain_images` finds the clusters by itself when transformers loads the folder; for a timm model
+    (`timm.create_model("local-dir:FOLDER")`) pass `Reading(assignments=Assignments.load(folder))`.
+
+    Args:
+        model: A `PeftModel` of a transformers or timm model with one active GIFT adapter.
+        folder: Where to write `model.safetensors`, `config.json` and `clusters.safetensors`.
+        block: Which of the generator's blocks gives the assignment.
+        safe_merge: Whether to refuse NaN and infinite weights.
+
+    Raises:
+        ValueError: If there is no such adapter, it has no clusters, or the model is neither of timm nor of
+            transformers; nothing was merged or written.
+    """
+    explained = explained_model(model, block)
+    tuner = find_tuner(model)
+    if tuner is None:
+        raise ValueError("This model's adapter was merged and dropped before: pass the PeftModel.")
+    if not (isinstance(explained.inner, PreTrainedModel) or type(explained.inner).__module__.startswith("timm.")):
+        raise ValueError(
+            f"{type(explained.inner).__name__} is neither a transformers nor a timm model. Save its clusters "
+            "with explained_model(model).assignments.save(folder), then merge_and_unload() and save it in your own way."
+        )
+    tuner.merge_adapter(safe_merge=safe_merge)
+    assignments = explained_model(model, block).assignments  # now with the fingerprints of the merged weights
+    merged = tuner.merge_and_unload()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(merged, PreTrainedModel):
+        merged.save_pretrained(folder)
+    else:
+        save_for_hf(merged, folder, safe_serialization=True)
+    assignments.save(folder)
+    return merged
