@@ -1,7 +1,7 @@
 """What we know of each Transformer family, as data: one row of `FAMILIES` per family.
 
-For a new family, add a row and a line to the tables in `tests/test_backbones.py`. Nothing else in the package may depend
-on which family a model belongs to. Layer names follow timm 1.0 and transformers 5.
+For a new family, add a row and a line to the tables in `tests/test_backbones.py`. Nothing else in the package may
+depend on which family a model belongs to. Layer names follow timm 1.0 and transformers 5.
 """
 
 from collections.abc import Iterator

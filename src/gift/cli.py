@@ -38,7 +38,36 @@ def demo(out: Path = Path("gift-demo"), seed: int = 0) -> None:
     print(describe(run_demo(out, seed, report=print), seed, command=sys.argv[0]))
 
 
-COMMANDS: dict[str, Any] = {"convert": convert, "demo": demo}
+def score(
+    adapter: Path,
+    data: str = "flowers",
+    count: int = 400,
+    seed: int = 1,
+    backbone: str | None = None,
+    out: Path | None = None,
+    shortcuts: bool = False,
+) -> None:
+    """Measure what the clusters of an adapter stand for, e.g. `gift score gift-demo/flowers/gift/adapter`.
+
+    The best map of every part is chosen on one half of the images and scored on the other, beside controls: random and
+    untrained clusters, the layers before adaptation, k-means, PCA, attention rollout, Grad-CAM.
+
+    Args:
+        adapter: Folder of a GIFT adapter with a classification head.
+        data: Images whose parts are known: `flowers` (drawn, of eight species), a folder with `images/` and `masks/`,
+            or a parquet file with columns image, label and bbox.
+        count: How many images at most, chosen at random.
+        seed: Of the images and of everything that is drawn.
+        backbone: Name or folder of the backbone; by default what the adapter says.
+        out: File for all figures, as JSON.
+        shortcuts: Whether to list clusters outside the object whose removal moves a logit; the data need labels.
+    """
+    from gift.explain.command import score_adapter  # noqa: PLC0415 - it takes seconds, which other commands need not wait
+
+    print(score_adapter(adapter, data, count, seed, backbone, out, shortcuts))
+
+
+COMMANDS: dict[str, Any] = {"convert": convert, "demo": demo, "score": score}
 
 
 def main(arguments: list[str] | None = None) -> None:

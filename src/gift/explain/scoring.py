@@ -4,11 +4,10 @@ Maps are chosen on one half of the images and scored on the other, with one thre
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +15,10 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from gift.backbones import find_family
+from gift.backbones import patch_grid
 from gift.data.parts import PartImages
-from gift.explain.assignments import explained_model, find_tuner
-from gift.explain.controls import k_means, principal_components, random_assignment, untrained_assignments
-from gift.explain.readings import KINDS, Reading, TokenStatistics
-from gift.explain.recording import tokens_of
 from gift.explain.removal import logit_drops, logits_without, patch_of_grid, removal_curves
-from gift.explain.saliency import attention_rollout, grad_cam
+from gift.explain.rows import CHOSEN_ON, LayerMaps, Row, ScoreOptions, StoredTokens, random_assignments, rows_of
 from gift.explain.scores import (
     BestMaps,
     best_maps,
@@ -35,29 +30,7 @@ from gift.explain.scores import (
 )
 
 RESAMPLES = 1000
-LEARNED, BEFORE, UNTRAINED, RANDOM = "learned", "before adaptation", "untrained", "random"
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """How cluster maps are scored.
-
-    Args:
-        readings: Those that are rows of the table.
-        images_removed: Of how many images patches are removed, for deletion, insertion and importance.
-        random_draws: How many sets of random maps say what chance can do.
-        seed: Of everything that is drawn.
-        block: Which of the generator's blocks gives the assignment.
-        whole: Whether to score more than the overlap: pointing, energy, deletion, insertion, importance; and the
-            controls that are no clusters.
-    """
-
-    readings: tuple[str, ...] = KINDS
-    images_removed: int = 100
-    random_draws: int = 20
-    seed: int = 0
-    block: int = -1
-    whole: bool = True
+IMAGES_TO_CHOOSE_ON = 20  # of the maps in whose order patches are removed
 
 
 @dataclass(frozen=True)
@@ -112,15 +85,6 @@ class MethodScore:
     importance: float | None = None
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Where a row's maps come from: per layer a function from all images to (batch, candidates, rows, columns)."""
-
-    maps: str
-    reading: str
-    of_layers: list[Callable[[], Float[np.ndarray, "batch candidates rows columns"]]]
-
-
 @dataclass
 class _Found:
     """What is kept of a row's maps: the best of every part, and that of every class."""
@@ -132,6 +96,11 @@ class _Found:
     correlation: Float[np.ndarray, " classes"]
     effective_numbers: list[float] = field(default_factory=list)
     candidates: int = 0
+
+    def orders(self, predicted: Int[np.ndarray, " batch"]) -> list[Float[np.ndarray, "batch rows columns"]]:
+        """Return the maps in whose order patches may be removed."""
+        of_class = self.of_classes[np.arange(len(predicted)), predicted]
+        return [*np.moveaxis(self.of_parts, 1, 0), of_class]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,71 +134,33 @@ class Scorer:
             raise ValueError(f"Scores need at least 8 images, half to choose maps on, got {len(self.truth)}.")
         with tempfile.TemporaryDirectory() as folder:
             tokens = {
-                adapted: _Tokens(self.model, self.images, adapted, Path(folder), self.options)
+                adapted: StoredTokens(self.model, self.images, adapted, Path(folder), self.options.readings)
                 for adapted in (True, False)
             }
             coverage = self.coverage(tokens[True].grid)
             chance = self._chance(tokens[True], coverage)
-            rows = [self._score(row, tokens[True], coverage, chance) for row in self._rows(tokens)]
+            rows = [
+                self._score(row, tokens[True], coverage, chance)
+                for row in rows_of(self.model, self.images, tokens, self.options)
+            ]
         return [*rows, self._without_maps(coverage)] if self.options.whole else rows
 
     @property
     def chosen_on(self) -> Bool[np.ndarray, " batch"]:
-        """Every other image: those that maps are chosen on; they are scored on the rest."""
-        return np.arange(len(self.images)) % 2 == 0
+        """The images that maps are chosen on; they are scored on the others."""
+        chosen = np.zeros(len(self.truth), bool)
+        chosen[CHOSEN_ON] = True
+        return chosen
 
     def coverage(self, grid: tuple[int, int]) -> Float[np.ndarray, "batch parts rows columns"]:
         """Return the share of every patch that each part covers."""
         return self.truth.coverage(patch_of_grid(self.model, self.images, grid[0]), grid)
 
-    # ---- rows ----------------------------------------------------------------------------------------------------
-
-    def _rows(self, tokens: dict[bool, "_Tokens"]) -> Iterator[_Row]:
-        learned = explained_model(self.model, self.options.block).assignments.matrices
-        tuner = find_tuner(self.model)
-        assert tuner is not None
-        untrained = untrained_assignments(tuner, self.options.block, self.options.seed)
-        rng = np.random.default_rng(self.options.seed)
-        drawn = {name: random_assignment(matrix, rng) for name, matrix in learned.items()}
-        sources = (
-            (LEARNED, learned, True),
-            (BEFORE, learned, False),
-            (UNTRAINED, untrained, False),
-            (RANDOM, drawn, True),
-        )
-        for name, matrices, adapted in sources:
-            for kind in self.options.readings:
-                yield _Row(name, kind, tokens[adapted].readers(kind, matrices))
-        if self.options.whole:
-            yield from self._other_rows(tokens[True], next(iter(learned.values())).shape[1])
-
-    def _other_rows(self, tokens: "_Tokens", count: int) -> Iterator[_Row]:
-        seed = self.options.seed
-
-        def fitted(fit: Callable[[Tensor, int, int], Any], name: str) -> Callable[[], np.ndarray]:
-            def maps() -> np.ndarray:
-                of_layer = tokens.of(name)
-                return fit(of_layer[torch.from_numpy(self.chosen_on)], count, seed)(of_layer).numpy()
-
-            return maps
-
-        yield _Row("k-means", "", [fitted(k_means, name) for name in tokens.names])
-        yield _Row("PCA", "", [fitted(principal_components, name) for name in tokens.names])
-        found = find_family(explained_model(self.model, self.options.block).inner)
-        if found is None or found[1].hierarchical:
-            return  # attention there is of windows, and gradients of several grids
-        rollout = attention_rollout(self.model, self.images)
-        yield _Row(
-            "attention rollout", "", [lambda block=block: rollout[:, [block]] for block in range(rollout.shape[1])]
-        )
-        modules = {module: name for name, module in self.model.named_modules()}
-        names = [modules[module] for module in explained_model(self.model, self.options.block).modules.values()]
-        cams = grad_cam(self.model, self.images, names)
-        yield _Row("Grad-CAM", "", [lambda layer=layer: cams[:, layer] for layer in range(cams.shape[1])])
-
     # ---- scores --------------------------------------------------------------------------------------------------
 
-    def _score(self, row: _Row, tokens: "_Tokens", coverage: np.ndarray, chance: dict[str, list[float]]) -> MethodScore:
+    def _score(
+        self, row: Row, tokens: StoredTokens, coverage: np.ndarray, chance: dict[str, list[float]]
+    ) -> MethodScore:
         found = self._find(row, tokens.logits, coverage)
         limits = chance.get(row.reading, [None] * coverage.shape[1])
         scored = ~self.chosen_on
@@ -256,7 +187,7 @@ class Scorer:
         removal = self._removal(found) if self.options.whole else {}
         return MethodScore(row.maps, row.reading, found.candidates, found.effective_numbers, parts, **removal)
 
-    def _find(self, row: _Row, logits: np.ndarray, coverage: np.ndarray) -> _Found:
+    def _find(self, row: Row, logits: np.ndarray, coverage: np.ndarray) -> _Found:
         """Choose the best map of every part, and of every class the one that goes with its logit, layer by layer."""
         found: _Found | None = None
         for layer, maps_of in enumerate(row.of_layers):
@@ -273,54 +204,69 @@ class Scorer:
         return found
 
     def _removal(self, found: _Found) -> dict[str, float | None]:
-        some = np.flatnonzero(~self.chosen_on)[: self.options.images_removed]
-        images = self.images[torch.from_numpy(some)]
-        whole = logits_without(self.model, images, np.zeros((len(some), 1, *found.of_parts.shape[2:]), bool))[:, 0]
-        predicted = whole.argmax(axis=1)
-        deletion, insertion = removal_curves(self.model, images, found.of_classes[some, predicted])
-        return {
-            "deletion": float(deletion.mean()),
-            "insertion": float(insertion.mean()),
-            "importance": self._importance(found, some, whole, predicted),
-        }
+        """Remove patches in the order of the map that does this best on images that maps are chosen on.
 
-    def _importance(
-        self, found: _Found, some: Int[np.ndarray, " some"], whole: np.ndarray, predicted: np.ndarray
-    ) -> float | None:
-        names = [part for part in self.truth.part_names if part in self.truth.without]
-        if not names:
+        It is one of those chosen for parts, or that which goes with the predicted class.
+        """
+        chosen, scored = (
+            np.flatnonzero(half)[: self.options.images_removed] for half in (self.chosen_on, ~self.chosen_on)
+        )
+        some = chosen[:IMAGES_TO_CHOOSE_ON]
+        areas = [self._areas(maps, some) for maps in found.orders(self._logits.argmax(axis=1))]
+        best = int(np.argmax([insertion - deletion for deletion, insertion in areas]))
+        deletion, insertion = self._areas(found.orders(self._logits.argmax(axis=1))[best], scored)
+        return {"deletion": deletion, "insertion": insertion, "importance": self._importance(found, scored)}
+
+    def _areas(
+        self, maps: Float[np.ndarray, "batch rows columns"], some: Int[np.ndarray, " some"]
+    ) -> tuple[float, float]:
+        deletion, insertion = removal_curves(self.model, self.images[torch.from_numpy(some)], maps[some])
+        return float(deletion.mean()), float(insertion.mean())
+
+    @cached_property
+    def _logits(self) -> Float[np.ndarray, "batch classes"]:
+        return self._logits_of(self.images)
+
+    def _logits_of(self, images: Tensor) -> Float[np.ndarray, "batch classes"]:
+        rows, columns = patch_grid(self.model, images.shape[2], images.shape[3])
+        return logits_without(self.model, images, np.zeros((len(images), 1, rows, columns), bool))[:, 0]
+
+    @cached_property
+    def _true_importance(self) -> dict[str, Float[np.ndarray, " scored"]]:
+        """By part how far the predicted logit falls when it is not drawn, in images that patches are removed of."""
+        some = np.flatnonzero(~self.chosen_on)[: self.options.images_removed]
+        whole, places = self._logits[some], np.arange(len(some))
+        predicted = whole.argmax(axis=1)
+        drawn = {part: self._logits_of(self.normalise(pixels[some])) for part, pixels in self.truth.without.items()}
+        return {part: (whole - logits)[places, predicted] for part, logits in drawn.items()}
+
+    def _importance(self, found: _Found, some: Int[np.ndarray, " scored"]) -> float | None:
+        true = self._true_importance
+        places = [index for index, part in enumerate(self.truth.part_names) if part in true]
+        if not places:
             return None
-        places = [self.truth.part_names.index(part) for part in names]
         regions = found.of_parts[some][:, places] >= found.best.thresholds[places][None, :, None, None]
-        net = logit_drops(self.model, self.images[torch.from_numpy(some)], regions, predicted, self.options.seed).net
-        nothing = np.zeros((len(some), 1, *regions.shape[2:]), bool)
-        true, shown = [], []
-        for part in names:
-            images = self.normalise(self.truth.without[part][some])
-            logits = logits_without(self.model, images, nothing)[:, 0]
-            true.append((whole - logits)[np.arange(len(some)), predicted])
-            shown.append(self.truth.masks[some, self.truth.part_names.index(part)].sum(axis=(1, 2)) > 0)
-        kept = np.stack(shown, axis=1)
-        pairs = np.stack(true, axis=1)[kept], net[kept]
+        net = logit_drops(self.model, self.images[torch.from_numpy(some)], regions, seed=self.options.seed).net
+        shown = self.truth.masks[some][:, places].sum(axis=(2, 3)) > 0
+        pairs = np.stack([true[self.truth.part_names[place]] for place in places], axis=1)[shown], net[shown]
         return 0.0 if any(np.ptp(values) == 0 for values in pairs) else float(spearmanr(*pairs).statistic)
 
     # ---- chance --------------------------------------------------------------------------------------------------
 
-    def _chance(self, tokens: "_Tokens", coverage: np.ndarray) -> dict[str, list[float]]:
+    def _chance(self, tokens: StoredTokens, coverage: np.ndarray) -> dict[str, list[float]]:
         """Return by reading the overlap with every part that 95 % of sets of random maps do not exceed."""
-        learned = explained_model(self.model, self.options.block).assignments.matrices
         rng = np.random.default_rng(self.options.seed + 1)
         limits = {}
         for kind in self.options.readings:
             overlaps = []
             for _ in range(self.options.random_draws):
-                drawn = {name: random_assignment(matrix, rng) for name, matrix in learned.items()}
+                drawn = random_assignments(self.model, self.options, rng)
                 overlaps.append(self._overlaps(tokens.readers(kind, drawn), coverage))
             if overlaps:
                 limits[kind] = np.quantile(overlaps, 0.95, axis=0).tolist()
         return limits
 
-    def _overlaps(self, of_layers: list[Callable[[], np.ndarray]], coverage: np.ndarray) -> Float[np.ndarray, " parts"]:
+    def _overlaps(self, of_layers: list[LayerMaps], coverage: np.ndarray) -> Float[np.ndarray, " parts"]:
         chosen, scored = self.chosen_on, ~self.chosen_on
         best, answer = np.full(coverage.shape[1], -1.0), np.zeros(coverage.shape[1])
         for maps_of in of_layers:
@@ -345,48 +291,6 @@ class Scorer:
         order = np.random.default_rng(self.options.seed).random((len(some), *coverage.shape[2:]))
         deletion, insertion = removal_curves(self.model, self.images[torch.from_numpy(some)], order)
         return MethodScore("no map", "", 0, [], parts, float(deletion.mean()), float(insertion.mean()))
-
-
-class _Tokens:
-    """The output tokens of all layers for all images, on disk, and how maps are read from them."""
-
-    def __init__(self, model: nn.Module, images: Tensor, adapted: bool, folder: Path, options: ScoreOptions) -> None:
-        self.folder, self.adapted = folder, adapted
-        self.names: list[str] = []
-        self._on_disk: dict[str, np.memmap] = {}
-        done, logits = 0, []
-        for answer, tokens in tokens_of(model, images, adapted):
-            for name, of_layer in tokens.items():
-                if name not in self._on_disk:
-                    path, shape = folder / f"{adapted}-{len(self.names)}", (len(images), *of_layer.shape[1:])
-                    self._on_disk[name] = np.memmap(path, np.float32, "w+", shape=shape)
-                    self.names.append(name)
-                self._on_disk[name][done : done + len(of_layer)] = of_layer.float().cpu().numpy()
-            done += len(answer)
-            logits.append(answer.float().cpu())
-        self.logits = torch.cat(logits).numpy()
-        self.grid = next(iter(self._on_disk.values())).shape[1:3]
-        chosen = slice(0, None, 2)  # those that maps are chosen on
-        self._statistics = (
-            TokenStatistics.of(
-                [{name: torch.from_numpy(tokens[chosen]).flatten(0, 2) for name, tokens in self._on_disk.items()}]
-            )
-            if "whitened" in options.readings
-            else None
-        )
-
-    def of(self, name: str) -> Float[Tensor, "batch rows columns channels"]:
-        return torch.from_numpy(np.asarray(self._on_disk[name]))
-
-    def readers(self, kind: str, matrices: dict[str, Tensor]) -> list[Callable[[], np.ndarray]]:
-        """Return for every layer a function to the maps that a reading of assignments gives."""
-        reading = Reading(kind, statistics=self._statistics if kind == "whitened" else None)
-
-        def reader(name: str) -> Callable[[], np.ndarray]:
-            readout = reading.readout(name, matrices[name].float().cpu())
-            return lambda: readout(self.of(name)).numpy()
-
-        return [reader(name) for name in self.names]
 
 
 def _going_with(

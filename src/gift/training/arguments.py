@@ -41,6 +41,8 @@ class FinetuneOptions:
         weight_decay: Decoupled weight decay (AdamW) of matrices; biases, scales and other vectors have none.
         warmup_ratio: Share of all steps in which the learning rates rise from zero.
         schedule: How the learning rates go on: `cosine` or `linear` to zero, or `constant_with_warmup`.
+        diversity: Weight of a term of the loss that keeps the clusters of GIFT's generator apart; see
+            `gift.training.diversity.cluster_overlap`.
         seed: Of the adapter's start, the order of the images, augmentation and dropout.
         workers: Processes that read images; 0 reads them in this one.
         evaluate_every_epoch: Whether to evaluate after every epoch, not only at the end.
@@ -61,6 +63,7 @@ class FinetuneOptions:
     weight_decay: float = 1e-4
     warmup_ratio: float = 0.1
     schedule: str = "cosine"
+    diversity: float | int = 0
     seed: int = 0
     workers: int = 0
     evaluate_every_epoch: bool = False
@@ -76,7 +79,7 @@ class FinetuneOptions:
             check_number(name, getattr(self, name), smallest=1, whole=True)
         for name in ("seed", "workers"):
             check_number(name, getattr(self, name), smallest=0, whole=True)
-        for name in ("learning_rate", "head_learning_rate", "weight_decay", "warmup_ratio"):
+        for name in ("learning_rate", "head_learning_rate", "weight_decay", "warmup_ratio", "diversity"):
             check_number(name, 0 if getattr(self, name) is None else getattr(self, name), smallest=0)
         check(self.warmup_ratio < 1, f"warmup_ratio must be less than 1, got {self.warmup_ratio}.")
 

@@ -43,6 +43,7 @@ from transformers import (
 
 from gift.backbones import classification_heads
 from gift.training.arguments import FREE_OPTIONS, CheckedItems, FinetuneOptions, FinetuneResult, Items, check
+from gift.training.diversity import cluster_overlap
 
 COMPLETE = "complete.json"  # in a checkpoint
 PACKAGES = ("gift-peft", "torch", "transformers", "peft", "accelerate", "timm")
@@ -101,7 +102,7 @@ def finetune(
     set_seed(options.seed)
     model: PeftModel = get_peft_model(backbone, config)  # type: ignore[assignment]
     saver = _CheckpointSaver(checkpoints, options)
-    trainer = Trainer(
+    trainer = _Trainer(
         model,
         arguments,
         train_dataset=train_items,
@@ -111,6 +112,7 @@ def finetune(
         callbacks=[saver],
         optimizers=(_make_optimizer(model, options), None),
     )
+    trainer.diversity = options.diversity
     check(not trainer.is_fsdp_enabled, "finetune trains with DDP only. For FSDP2 use Trainer, see docs/running.md.")
     if not options.progress:
         trainer.remove_callback(PrinterCallback)  # Trainer's substitute for a progress bar
@@ -184,6 +186,20 @@ def _training_arguments(checkpoints: Path, options: FinetuneOptions) -> Training
     )
     arguments.per_device_train_batch_size = options.batch_size // arguments.world_size
     return arguments
+
+
+class _Trainer(Trainer):
+    """Trainer with one more term of the loss while training."""
+
+    diversity: float | int = 0
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.diversity and model.training:
+            loss = loss + self.diversity * cluster_overlap(model)
+        return (loss, outputs) if return_outputs else loss
 
 
 class _CheckpointSaver(TrainerCallback):

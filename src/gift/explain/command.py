@@ -1,0 +1,47 @@
+"""What `gift score` does: an adapter and images with known parts in, tables and figures out."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from gift.adapters import load_adapter
+from gift.data.parts import read_parts
+from gift.explain.rows import ScoreOptions
+from gift.explain.scoring import Scorer
+from gift.explain.shortcuts import ShortcutOptions, find_shortcuts
+from gift.explain.tables import score_table, shortcut_table, verdicts
+
+
+def score_adapter(
+    adapter: Path,
+    data: Path | str,
+    count: int,
+    seed: int,
+    backbone: str | None = None,
+    out: Path | None = None,
+    shortcuts: bool = False,
+) -> str:
+    """Return the tables of an adapter's scores in words; the arguments are those of `gift score`.
+
+    Raises:
+        ValueError: If the adapter or the data cannot be read, there are fewer than 8 images, or the adapter has no
+            clusters.
+    """
+    loaded = load_adapter(adapter, backbone)
+    truth = read_parts(data, loaded.image_size_px, count, seed)
+    rows = Scorer(loaded.model, truth, loaded.normalise, ScoreOptions(seed=seed)).score()
+    lines = [
+        f"{len(truth)} images of {loaded.image_size_px} px, half to choose maps on and half to score them. IoU with its "
+        "95 % interval over images; a star: no better than random clusters read alike.",
+        *("", score_table(rows), "", *verdicts(rows)),
+    ]
+    found = find_shortcuts(loaded.model, truth, loaded.normalise, ShortcutOptions(seed=seed)) if shortcuts else []
+    if shortcuts:
+        table = shortcut_table(found, truth.images.class_names) if found else "None was found."
+        lines += ["", "Clusters outside the object whose removal moves a logit:", "", table]
+    if out is not None:
+        record = {"adapter": Path(adapter).name, "data": str(data), "images": len(truth), "seed": seed}
+        record |= {"rows": [asdict(row) for row in rows], "shortcuts": [asdict(one) for one in found]}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    return "\n".join(lines)

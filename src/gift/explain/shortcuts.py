@@ -1,0 +1,145 @@
+"""Clusters that look away from the object and yet decide: what a model may have learned instead of the object."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.stats import t as student
+from torch import Tensor, nn
+
+from gift.data.parts import PartImages
+from gift.explain.clusters import explain_images
+from gift.explain.names import ClusterRef
+from gift.explain.ranking import ClusterScales
+from gift.explain.readings import Reading
+from gift.explain.removal import logit_drops, patch_of_grid, regions
+from gift.explain.scores import choose_distinct
+
+STRONG = 0.5  # on a cluster's scale: where a patch belongs to its region
+
+
+@dataclass(frozen=True)
+class ShortcutOptions:
+    """How shortcuts are looked for.
+
+    Args:
+        reading: How maps are read.
+        outside: Share of a cluster's strength, in images of the class, that must lie outside the object.
+        images_per_class: Of how many images of a class regions are removed.
+        largest_correlation: From which correlation on one of two maps is passed over.
+        seed: Of the random patches.
+    """
+
+    reading: str = "own"
+    outside: float = 0.5
+    images_per_class: int = 16
+    largest_correlation: float = 0.9
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A cluster outside the object whose region speaks for a class.
+
+    Attributes:
+        ref: Its layer and number.
+        label: Index of the class.
+        outside: Share of the cluster's strength, in images of the class, that lies outside the object.
+        net_drop: How much more the logit of the class falls without the cluster's region than without as many random
+            patches, the mean over images of the class.
+        low: Lower end of its 95 % interval over images; above 0.
+        region: Mean share of the image that the region takes.
+        lifts: By part, how many times more of it the cluster's strength shows than the image at large.
+    """
+
+    ref: ClusterRef
+    label: int
+    outside: float
+    net_drop: float
+    low: float
+    region: float
+    lifts: dict[str, float]
+
+
+def find_shortcuts(
+    model: nn.Module,
+    truth: PartImages,
+    normalise: Callable[[np.ndarray], Tensor],
+    options: ShortcutOptions | None = None,
+) -> list[Shortcut]:
+    """Return the clusters whose strength lies outside the object and whose removal moves a logit, the strongest first.
+
+    Args:
+        model: An image classifier with clusters; it is left as it was.
+        truth: Images with parts and labels.
+        normalise: From pixels (batch, height, width, 3) to what the model takes.
+        options: How to look.
+
+    Raises:
+        ValueError: If the images have no labels, or the object no parts.
+    """
+    options = options or ShortcutOptions()
+    labels, images = truth.images.labels, normalise(truth.images.pixels)
+    if labels.min() < 0 or not set(truth.object_parts) & set(truth.part_names):
+        raise ValueError(
+            "Shortcuts are looked for in images whose classes and object are known; these lack one of them."
+        )
+    maps = explain_images(model, images, reading=Reading(options.reading))
+    scales = ClusterScales.of(maps)
+    strength = scales.strength(maps.maps)
+    chosen = choose_distinct(
+        np.ones(maps.maps.shape[1:3]), maps.maps[:64], maps.maps[0, :, :, 0, 0].size, options.largest_correlation
+    )
+    layers, clusters = (np.array(numbers) for numbers in zip(*chosen, strict=True))
+    strength = strength[:, layers, clusters]
+    grid = strength.shape[2:]
+    coverage = truth.coverage(patch_of_grid(model, images, grid[0]), grid)
+    found = []
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
+        energy = _energy(strength[of_class], coverage[of_class])  # [clusters, parts]
+        outside = 1 - energy[:, [truth.part_names.index(part) for part in truth.object_parts]].sum(axis=1)
+        candidates = np.flatnonzero(outside >= options.outside)
+        some = of_class[: options.images_per_class]
+        removed = regions(strength[some][:, candidates], np.full(len(candidates), STRONG))
+        drops = logit_drops(
+            model, images[torch.from_numpy(some)], removed, np.full(len(some), int(label)), options.seed
+        )
+        means, lows = _mean_and_low(drops.net)
+        share = coverage[of_class].mean(axis=(0, 2, 3))
+        for place in np.flatnonzero(lows > 0):
+            cluster = candidates[place]
+            lifts = energy[cluster] / np.maximum(share, 1e-12) * (share > 0)
+            found.append(
+                Shortcut(
+                    maps.ref(int(layers[cluster]), int(clusters[cluster])),
+                    int(label),
+                    float(outside[cluster]),
+                    float(means[place]),
+                    float(lows[place]),
+                    float(removed[:, place].mean()),
+                    {part: float(lift) for part, lift in zip(truth.part_names, lifts, strict=True)},
+                )
+            )
+    return sorted(found, key=lambda shortcut: -shortcut.net_drop)
+
+
+def _energy(
+    strength: Float[np.ndarray, "batch clusters rows columns"], coverage: Float[np.ndarray, "batch parts rows columns"]
+) -> Float[np.ndarray, "clusters parts"]:
+    """Return which share of each cluster's strength lies on each part."""
+    together = np.einsum("bcij,bpij->cp", strength, coverage)
+    return together / np.maximum(strength.sum(axis=(0, 2, 3)), 1e-12)[:, None]
+
+
+def _mean_and_low(
+    values: Float[np.ndarray, "batch clusters"],
+) -> tuple[Float[np.ndarray, " clusters"], Float[np.ndarray, " clusters"]]:
+    """Return the mean over images and the lower end of its 95 % interval (Student's t)."""
+    count = len(values)
+    if count < 2:
+        return values.mean(axis=0), np.full(values.shape[1], -np.inf)
+    error = values.std(axis=0, ddof=1) / np.sqrt(count)
+    return values.mean(axis=0), values.mean(axis=0) - student.ppf(0.975, count - 1) * error
