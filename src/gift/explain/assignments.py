@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,13 +161,7 @@ def _generated(tuner: GiftModel, adapter: str, block: int) -> Assignments:
             found[target] = _of_block(of_blocks, block)
     order = {name: index for index, name in enumerate(source.layers)}
     places = sorted(found, key=lambda target: (order[target.layer], str(target)))
-    layers = {target: source.layers[target.layer] for target in places}
-    merged = {
-        str(target): fingerprint(_rows(layer, target.part))
-        for target, layer in layers.items()
-        if layer.merged and not layer.is_quantised
-    }
-    return Assignments({str(target): found[target] for target in places}, block, merged)
+    return Assignments({str(target): found[target] for target in places}, block)
 
 
 def _of_block(of_blocks: Sequence[Tensor], block: int) -> Tensor:
@@ -208,9 +202,16 @@ def _with_stored(model: nn.Module, stored: Assignments, block: int) -> Explained
     return ExplainedModel(model, modules, stored, None)
 
 
+def with_fingerprints(assignments: Assignments, model: nn.Module) -> Assignments:
+    """Return assignments that remember the weights of their layers in a model whose adapter was merged and dropped."""
+    targets = [Target.parse(name) for name in assignments.matrices]
+    prints = {str(one): fingerprint(_rows(model.get_submodule(one.layer), one.part)) for one in targets}
+    return replace(assignments, fingerprints=prints)
+
+
 def _rows(layer: Any, part: str | None) -> Float[Tensor, "_ in_features"]:
     """Return the weight of a layer, or of a part of it, one row per output channel."""
-    plain = layer.base_layer if isinstance(layer, GiftLinear) else layer
+    plain: Any = layer.base_layer if isinstance(layer, GiftLinear) else layer
     return rows_of_part(plain.weight.T if isinstance(plain, Conv1D) else plain.weight, part)
 
 
@@ -238,7 +239,7 @@ def choose(names: Sequence[str], wanted: Sequence[str | int] | None, kind: str) 
         return list(range(len(names)))
     chosen = []
     for one in wanted:
-        number = list(names).index(one) if one in names else one
+        number = list(names).index(one) if isinstance(one, str) and one in names else one
         if isinstance(number, bool) or not isinstance(number, int) or not -len(names) <= number < len(names):
             known = ", ".join(names[:6]) if names and not re.fullmatch(r"\d+", names[0]) else f"0 to {len(names) - 1}"
             raise ValueError(f"There is no {kind} {one!r}; there are {len(names)}: {known}.")

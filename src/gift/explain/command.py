@@ -31,8 +31,8 @@ def score_adapter(
     truth = read_parts(data, loaded.image_size_px, count, seed)
     rows = Scorer(loaded.model, truth, loaded.normalise, ScoreOptions(seed=seed)).score()
     lines = [
-        f"{len(truth)} images of {loaded.image_size_px} px, half to choose maps on and half to score them. IoU with its "
-        "95 % interval over images; a star: no better than random clusters read alike.",
+        f"{len(truth)} images of {loaded.image_size_px} px: maps are chosen on one half and scored on the other. IoU "
+        "with its 95 % interval over images; a star: no better than random clusters read alike.",
         *("", score_table(rows), "", *verdicts(rows)),
     ]
     found = find_shortcuts(loaded.model, truth, loaded.normalise, ShortcutOptions(seed=seed)) if shortcuts else []

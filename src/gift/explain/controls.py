@@ -4,6 +4,7 @@ Without controls a score says nothing: of hundreds of maps of a pretrained backb
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,8 @@ def random_assignment(
 
 def k_means(tokens: Tokens, count: int, seed: int) -> Callable[[Tokens], Maps]:
     """Return a function to maps of nearness, the negative squared distance, to each of `count` means of tokens."""
-    fitted = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=2048).fit(tokens.flatten(0, 2).numpy())
+    fitted: Any = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=2048)  # type: ignore[arg-type]
+    fitted.fit(tokens.flatten(0, 2).numpy())
     means = torch.from_numpy(fitted.cluster_centers_).to(tokens)
 
     def nearness(values: Tokens) -> Maps:
@@ -67,6 +69,6 @@ def k_means(tokens: Tokens, count: int, seed: int) -> Callable[[Tokens], Maps]:
 def principal_components(tokens: Tokens, count: int, seed: int) -> Readout:
     """Return the read-out of the first `count` / 2 principal components of tokens and of their negatives."""
     half = max(1, min(count // 2, tokens.shape[-1]))
-    fitted = PCA(half, random_state=seed).fit(tokens.flatten(0, 2).numpy())
+    fitted: Any = PCA(half, random_state=seed).fit(tokens.flatten(0, 2).numpy())
     matrix = torch.from_numpy(np.concatenate([fitted.components_, -fitted.components_]).T).to(tokens)
     return Readout(matrix, -torch.from_numpy(fitted.mean_).to(tokens) @ matrix)

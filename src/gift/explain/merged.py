@@ -6,7 +6,7 @@ from timm.models import save_for_hf
 from torch import nn
 from transformers import PreTrainedModel
 
-from gift.explain.assignments import explained_model, find_tuner
+from gift.explain.assignments import explained_model, find_tuner, with_fingerprints
 
 
 def merge_and_save(model: nn.Module, folder: Path | str, block: int = -1, safe_merge: bool = True) -> nn.Module:
@@ -34,14 +34,13 @@ def merge_and_save(model: nn.Module, folder: Path | str, block: int = -1, safe_m
             f"{type(explained.inner).__name__} is neither a transformers nor a timm model. Save its clusters "
             "with explained_model(model).assignments.save(folder), then merge_and_unload() and save it in your own way."
         )
-    tuner.merge_adapter(safe_merge=safe_merge)
-    assignments = explained_model(model, block).assignments  # now with the fingerprints of the merged weights
-    merged = tuner.merge_and_unload()
+    is_merged = any(layer.merged for layer in tuner.gift_source.layers.values())
+    merged = tuner.unload() if is_merged else tuner.merge_and_unload(safe_merge=safe_merge)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(merged, PreTrainedModel):
         merged.save_pretrained(folder)
     else:
-        save_for_hf(merged, folder, safe_serialization=True)
-    assignments.save(folder)
+        save_for_hf(merged, str(folder), safe_serialization=True)
+    with_fingerprints(explained.assignments, merged).save(folder)
     return merged

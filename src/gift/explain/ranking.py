@@ -127,7 +127,8 @@ def rank_for_dataset(
         of_layers.append(
             (class_separation(responses, labels)[0], concentration(part.strength(responses)).mean(axis=0)[0])
         )
-    criteria = dict(zip(("separation", "concentration"), map(np.stack, zip(*of_layers, strict=True)), strict=True))
+    separation, concentrated = map(np.stack, zip(*of_layers, strict=True))
+    criteria = {"separation": separation, "concentration": concentrated}
     if stability is not None:
         criteria["stability"] = stability
     some = np.asarray(maps.maps[:64])  # enough to see which maps look alike

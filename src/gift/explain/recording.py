@@ -198,7 +198,6 @@ def token_statistics(model: nn.Module, images: Images) -> TokenStatistics:
     return TokenStatistics.of(batches())
 
 
-@torch.no_grad()
 def tokens_of(
     model: nn.Module, images: Images, adapted: bool = True
 ) -> Iterator[tuple[Float[Tensor, "batch classes"], dict[str, Tensor]]]:
@@ -213,7 +212,7 @@ def tokens_of(
     first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     tokens: dict[str, Tensor] = {}
     for pixels in batches_of(images):
-        with evaluating(model), plan.watching(tokens.__setitem__):  # between batches the model is as it was
+        with torch.no_grad(), evaluating(model), plan.watching(tokens.__setitem__):  # between batches the model is as it was
             logits = logits_of(model(pixels.to(first)))
         yield logits, dict(tokens)
 

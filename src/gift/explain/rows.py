@@ -38,8 +38,8 @@ class ScoreOptions:
     """
 
     readings: tuple[str, ...] = KINDS
-    images_removed: int = 60
-    random_draws: int = 20
+    images_removed: int = 40
+    random_draws: int = 10
     seed: int = 0
     block: int = -1
     whole: bool = True
@@ -100,7 +100,7 @@ class StoredTokens:
         reading = Reading(kind, statistics=self._statistics if kind == "whitened" else None)
 
         def reader(name: str) -> LayerMaps:
-            readout = reading.readout(name, matrices[name].float().cpu())
+            readout = reading.readout(name, matrices[name].detach().float().cpu())
             return lambda: readout(self.of(name)).numpy()
 
         return [reader(name) for name in self.names]

@@ -37,18 +37,18 @@ def best_maps(
     One threshold holds for all images. A patch counts with the share of it that the part covers, so that this is
     the overlap in pixels of a map that is constant within each patch.
     """
-    parts = np.moveaxis(coverage, 1, 0).reshape(coverage.shape[1], -1).T.astype(np.float64)  # [patches, parts]
-    total, areas = parts.sum(axis=0), np.arange(1, len(parts) + 1)[:, None]
+    parts = np.moveaxis(coverage, 1, 0).reshape(coverage.shape[1], -1).astype(np.float64)  # [parts, patches]
+    total = parts.sum(axis=1, keepdims=True) + np.arange(1, parts.shape[1] + 1)
     best = np.full((3, coverage.shape[1]), -1.0)
     for candidate in range(maps.shape[1]):
         responses = maps[:, candidate].reshape(-1)
-        order = np.argsort(-responses, kind="stable")
-        covered = parts[order].cumsum(axis=0)
-        overlaps = covered / (areas + total - covered)
-        ends = np.append(np.diff(responses[order]) != 0, True)  # equal responses are taken together
-        overlaps[~ends] = -1
-        place = overlaps.argmax(axis=0)
-        found = np.stack([np.full(len(place), candidate), responses[order][place], overlaps.max(axis=0)])
+        order = np.argsort(responses)[::-1]
+        responses = responses[order]
+        covered = parts[:, order].cumsum(axis=1)
+        overlaps = covered / (total - covered)
+        overlaps[:, :-1][:, responses[1:] == responses[:-1]] = -1  # equal responses are taken together
+        place = overlaps.argmax(axis=1)
+        found = np.stack([np.full(len(place), candidate), responses[place], overlaps.max(axis=1)])
         best = np.where(found[2] > best[2], found, best)
     return BestMaps(best[0].astype(int), best[1], best[2])
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from gift.explain.scores import (
 )
 
 RESAMPLES = 1000
-IMAGES_TO_CHOOSE_ON = 20  # of the maps in whose order patches are removed
+IMAGES_TO_CHOOSE_ON, STEPS_TO_CHOOSE_ON = 10, 5  # the map in whose order patches are removed
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Scorer:
             coverage = self.coverage(tokens[True].grid)
             chance = self._chance(tokens[True], coverage)
             rows = [
-                self._score(row, tokens[True], coverage, chance)
+                self._score(row, tokens[True].logits, coverage, chance)
                 for row in rows_of(self.model, self.images, tokens, self.options)
             ]
         return [*rows, self._without_maps(coverage)] if self.options.whole else rows
@@ -158,11 +159,9 @@ class Scorer:
 
     # ---- scores --------------------------------------------------------------------------------------------------
 
-    def _score(
-        self, row: Row, tokens: StoredTokens, coverage: np.ndarray, chance: dict[str, list[float]]
-    ) -> MethodScore:
-        found = self._find(row, tokens.logits, coverage)
-        limits = chance.get(row.reading, [None] * coverage.shape[1])
+    def _score(self, row: Row, logits: np.ndarray, coverage: np.ndarray, chance: dict[str, list[float]]) -> MethodScore:
+        found = self._find(row, logits, coverage)
+        limits = chance.get(row.reading)
         scored = ~self.chosen_on
         rng = np.random.default_rng(self.options.seed)
         parts = []
@@ -181,7 +180,7 @@ class Scorer:
                     float(high),
                     float(pointing_hits(maps, of_part).mean()),
                     energy_inside(strength, of_part),
-                    limits[index],
+                    None if limits is None else limits[index],
                 )
             )
         removal = self._removal(found) if self.options.whole else {}
@@ -212,15 +211,16 @@ class Scorer:
             np.flatnonzero(half)[: self.options.images_removed] for half in (self.chosen_on, ~self.chosen_on)
         )
         some = chosen[:IMAGES_TO_CHOOSE_ON]
-        areas = [self._areas(maps, some) for maps in found.orders(self._logits.argmax(axis=1))]
+        orders = found.orders(self._logits.argmax(axis=1))
+        areas = [self._areas(maps, some, STEPS_TO_CHOOSE_ON) for maps in orders]
         best = int(np.argmax([insertion - deletion for deletion, insertion in areas]))
-        deletion, insertion = self._areas(found.orders(self._logits.argmax(axis=1))[best], scored)
+        deletion, insertion = self._areas(orders[best], scored)
         return {"deletion": deletion, "insertion": insertion, "importance": self._importance(found, scored)}
 
     def _areas(
-        self, maps: Float[np.ndarray, "batch rows columns"], some: Int[np.ndarray, " some"]
+        self, maps: Float[np.ndarray, "batch rows columns"], some: Int[np.ndarray, " some"], steps: int = 10
     ) -> tuple[float, float]:
-        deletion, insertion = removal_curves(self.model, self.images[torch.from_numpy(some)], maps[some])
+        deletion, insertion = removal_curves(self.model, self.images[torch.from_numpy(some)], maps[some], steps)
         return float(deletion.mean()), float(insertion.mean())
 
     @cached_property
@@ -249,7 +249,10 @@ class Scorer:
         net = logit_drops(self.model, self.images[torch.from_numpy(some)], regions, seed=self.options.seed).net
         shown = self.truth.masks[some][:, places].sum(axis=(2, 3)) > 0
         pairs = np.stack([true[self.truth.part_names[place]] for place in places], axis=1)[shown], net[shown]
-        return 0.0 if any(np.ptp(values) == 0 for values in pairs) else float(spearmanr(*pairs).statistic)
+        if any(np.ptp(values) == 0 for values in pairs):
+            return 0.0
+        correlation: Any = spearmanr(*pairs)
+        return float(correlation.statistic)
 
     # ---- chance --------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,12 @@ from gift.tuner.model import GiftModel
 
 
 def cluster_overlap(model: nn.Module) -> Float[Tensor, ""]:
-    """Return how alike the clusters of the active adapter are, from 0 to 1.
+    """Return how alike the clusters of the active adapter are, from 0 to nearly 1, the mean over the layers.
 
-    It is the mean squared correlation of two columns of a layer's assignment (of the last block with clusters) over the
-    output channels. Add it, times a weight, to the loss of one's own loop; `FinetuneOptions.diversity` does so.
+    It is 1 - (sum e)^2 / (M sum e^2), with e the M eigenvalues of the covariance, over output channels, of the columns
+    of a layer's assignment (of the last block with clusters): 0 if no two clusters are correlated and all vary alike,
+    1 - 1/M if they are copies of one another. A cluster that hardly varies counts as missing, so the term does not
+    reward it. Add it, times a weight, to the loss of one's own loop; `FinetuneOptions.diversity` does so.
 
     Raises:
         ValueError: If the model has no GIFT adapter, or the adapter fewer than two clusters.
@@ -33,5 +35,7 @@ def _overlap(assignment: Float[Tensor, "channels clusters"]) -> Float[Tensor, ""
     count = assignment.shape[1]
     if count < 2:
         raise ValueError("There is one cluster only: nothing is to be kept apart.")
-    columns = nn.functional.normalize(assignment - assignment.mean(dim=0), dim=0)
-    return ((columns.T @ columns).square().sum() - count) / (count * (count - 1))
+    columns = assignment - assignment.mean(dim=0)
+    covariance = columns.T @ columns
+    squares = covariance.square().sum()
+    return 1 - covariance.trace().square() / (count * squares.clamp_min(torch.finfo(squares.dtype).tiny))

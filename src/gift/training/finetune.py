@@ -194,9 +194,9 @@ class _Trainer(Trainer):
     diversity: float | int = 0
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.diversity and model.training:
             loss = loss + self.diversity * cluster_overlap(model)
         return (loss, outputs) if return_outputs else loss

@@ -1,0 +1,104 @@
+"""Loading a stored adapter onto its backbone, and the command `gift score` on it."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageClassification
+from transformers.utils import logging
+
+from gift import SMALL_BACKBONE, GiftConfig
+from gift.adapters import load_adapter, normalised
+from gift.cli import main
+from tests.models import perturb
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def stored(tmp_path):
+    backbone = AutoModelForImageClassification.from_pretrained(SMALL_BACKBONE, num_labels=8)
+    model = perturb(get_peft_model(backbone, GiftConfig(r=4, num_clusters=6))).eval()
+    model.save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter", model(IMAGES).logits
+
+
+def rewrite(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_adapter_comes_back_with_its_head_and_what_its_backbone_takes(stored):
+    folder, logits = stored
+    loaded = load_adapter(folder)
+    assert torch.equal(loaded.model(IMAGES).logits, logits)
+    assert not loaded.model.training
+    assert loaded.image_size_px == 64
+    pixels = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
+    data = json.loads((SMALL_BACKBONE / "config.json").read_text())["pretrained_cfg"]
+    expected = (pixels[1, 5, 6, 2].double() / 255 - data["mean"][2]) / data["std"][2]
+    assert float(loaded.normalise(pixels.numpy())[1, 2, 5, 6]) == pytest.approx(float(expected), abs=1e-5)
+    assert normalised(pixels.numpy(), (0.0,) * 3, (1.0,) * 3).shape == (2, 3, 64, 64)
+
+
+def test_the_shipped_backbone_is_found_wherever_it_lay_when_the_adapter_was_made(stored):
+    folder, logits = stored
+    rewrite(folder, base_model_name_or_path=f"/elsewhere/{SMALL_BACKBONE.name}")
+    assert torch.equal(load_adapter(folder).model(IMAGES).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "adapter_config.json").unlink(), "holds no adapter that can be read"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"no"), "holds no adapter that can be read"),
+        (lambda folder: rewrite(folder, base_model_name_or_path=None), "does not say which backbone"),
+        (lambda folder: rewrite(folder, base_model_name_or_path="/elsewhere/other"), "backbone /elsewhere/other"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said(stored, damage, message):
+    damage(stored[0])
+    with pytest.raises(ValueError, match=message):
+        load_adapter(stored[0])
+
+
+def test_an_adapter_without_head_is_refused(tmp_path):
+    backbone = AutoModelForImageClassification.from_pretrained(SMALL_BACKBONE, num_labels=8)
+    get_peft_model(backbone, GiftConfig(r=4, modules_to_save=[])).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="with one classification head"):
+        load_adapter(tmp_path)
+
+
+def test_score_refuses_an_adapter_without_clusters(tmp_path, capsys):
+    backbone = AutoModelForImageClassification.from_pretrained(SMALL_BACKBONE, num_labels=8)
+    config = LoraConfig(target_modules=["attn.proj"], modules_to_save=["timm_model.head"])
+    get_peft_model(backbone, config).save_pretrained(str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["score", str(tmp_path), "--count", "8"])
+    assert "gift: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_score_prints_tables_and_writes_all_figures(stored, tmp_path, capsys):
+    out = tmp_path / "deep" / "score.json"
+    main(["score", str(stored[0]), "--count", "16", "--shortcuts", "true", "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert "16 images of 64 px" in printed
+    assert "| learned | plain | 48 |" in printed
+    assert "own: better than random clusters for" in printed
+    assert "Clusters outside the object whose removal moves a logit:" in printed
+    record = json.loads(out.read_text())
+    assert len(record["rows"]) == 21
+    assert record["images"] == 16
+    assert str(tmp_path) not in out.read_text()
