@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
+from gift import GiftConfig
 from gift.explain import Reading, explain_images
 from gift.explain.readings import STATISTICS_FILE, Readout, TokenStatistics
 from gift.explain.recording import token_statistics
-from tests.models import make_adapted_vit, make_images
+from tests.models import make_adapted_vit, make_images, make_vit, perturb
 
 RNG = np.random.default_rng(0)
 NAME = "blocks.0.attn.proj"
@@ -156,7 +158,8 @@ DAMAGES = {
     "no covariance": without("covariance.a"),
     "no mean of the only layer": without("mean.a"),
     "a covariance of another width": changed("covariance.a", lambda old: old[:4, :4]),
-    "a covariance that is not square": changed("covariance.a", lambda old: old[:4]),
+    "a covariance without some rows": changed("covariance.a", lambda old: old[:4]),
+    "a covariance without some columns": changed("covariance.a", lambda old: old[:, :4]),
     "a mean that is not a number": changed("mean.a", lambda old: old * torch.nan),
     "an infinite covariance": changed("covariance.a", lambda old: old + torch.inf),
 }
@@ -220,6 +223,11 @@ def patch_tokens(model, pixels):
     return {name: output[:, 1:].double() for name, output in outputs.items()}
 
 
+def assert_close(found, expected):
+    """Compare on the scale of what is expected: the outputs of an untrained model are small."""
+    assert np.allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
 def test_the_statistics_of_a_model_are_those_of_what_its_adapted_layers_put_out():
     model, pixels = make_adapted_vit(), make_images(70)
     found = token_statistics(model, pixels)
@@ -229,15 +237,19 @@ def test_the_statistics_of_a_model_are_those_of_what_its_adapted_layers_put_out(
     for name, tokens in by_hand.items():
         flat = tokens.reshape(70 * 16, 32).numpy()
         for statistics in (found, in_batches):
-            assert np.allclose(statistics.means[name], flat.mean(axis=0), atol=1e-5)
-            assert np.allclose(statistics.covariances[name], np.cov(flat.T, bias=True), atol=1e-5)
+            assert_close(statistics.means[name], flat.mean(axis=0))
+            assert_close(statistics.covariances[name], np.cov(flat.T, bias=True))
 
 
-def test_taking_statistics_leaves_the_mode_and_the_hooks_of_the_model_alone():
-    model = make_adapted_vit().train()
-    model.base_model.model.blocks[0].eval()
+def test_statistics_are_taken_without_dropout_and_leave_the_mode_and_the_hooks_of_the_model_alone():
+    backbone = make_vit(attn_drop_rate=0.5, proj_drop_rate=0.5)
+    model = perturb(get_peft_model(backbone, GiftConfig(r=4, num_clusters=6))).eval()
+    expected = token_statistics(model, make_images())
+    model.train().base_model.model.blocks[0].eval()
     modes = [module.training for module in model.modules()]
-    token_statistics(model, make_images())
+    found = token_statistics(model, make_images())
+    for name, covariance in expected.covariances.items():
+        assert torch.equal(found.covariances[name], covariance)
     assert [module.training for module in model.modules()] == modes
     assert not model.base_model.model.blocks[0].attn.proj._forward_hooks
 
@@ -251,6 +263,5 @@ def test_whitened_maps_of_a_model_are_those_of_its_whitened_tokens():
         flat = tokens.reshape(6 * 16, 32).numpy()
         white = (flat - flat.mean(axis=0)) @ whitening_of(np.cov(flat.T, bias=True))
         centred = everything[layer] - everything[layer].mean(axis=1, keepdims=True)
-        expected = (white @ centred[:, [5, 0]]).reshape(6, 4, 4, 2).transpose(0, 3, 1, 2)
-        assert np.allclose(found.maps[:, layer], expected, atol=1e-3 * np.abs(expected).max())
+        assert_close(found.maps[:, layer], (white @ centred[:, [5, 0]]).reshape(6, 4, 4, 2).transpose(0, 3, 1, 2))
     assert found.reading == "whitened"

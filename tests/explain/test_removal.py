@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -193,6 +194,19 @@ def test_random_patches_come_from_anywhere_in_the_image():
     assert (gone.sum(axis=0) > 0).all()
 
 
+def test_random_patches_are_drawn_among_those_that_are_allowed():
+    seen, images, removed = [], make_images(2), np.zeros((2, 200, 4, 4), bool)
+    removed[:, :, 0, :3] = True
+    among = np.zeros((2, 4, 4), bool)
+    among[0, 1:3, 1:], among[1, 3] = True, True
+    found = logit_drops(make_known(seen), images, removed, among=among)
+    given = np.concatenate([patch_means(one) for one in seen])[-400:].reshape(2, 200, 4, 4)
+    gone = np.abs(given - patch_means(images)[:, None]) > 1e-6
+    assert (gone.sum(axis=(2, 3)) == 3).all()
+    assert np.array_equal(gone.any(axis=1), among)
+    assert (found.patches == 3).all()
+
+
 def test_where_no_patch_is_removed_nothing_falls():
     removed = np.zeros((2, 2, 4, 4), bool)
     removed[1, 1] = True
@@ -231,7 +245,7 @@ def area_by_hand(means, order, label, steps, deletes):
         removed = np.array([(place in chosen) == deletes for place in range(16)]).reshape(4, 4)
         logits = logits_by_hand(without_by_hand(means, removed))
         chances.append(math.exp(logits[label] - logits.max()) / sum(np.exp(logits - logits.max())))
-    return sum((first + second) / 2 / steps for first, second in zip(chances, chances[1:], strict=False))
+    return sum((first + second) / 2 / steps for first, second in pairwise(chances))
 
 
 @pytest.mark.parametrize("steps", [1, 5, 16, 20])

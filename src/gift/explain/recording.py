@@ -212,7 +212,11 @@ def tokens_of(
     first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     tokens: dict[str, Tensor] = {}
     for pixels in batches_of(images):
-        with torch.no_grad(), evaluating(model), plan.watching(tokens.__setitem__):  # between batches the model is as it was
+        with (
+            torch.no_grad(),
+            evaluating(model),
+            plan.watching(tokens.__setitem__),
+        ):  # between batches the model is as it was
             logits = logits_of(model(pixels.to(first)))
         yield logits, dict(tokens)
 

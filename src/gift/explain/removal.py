@@ -81,6 +81,7 @@ def logit_drops(
     removed: Bool[np.ndarray, "batch clusters rows columns"],
     classes: Int[np.ndarray, " batch"] | None = None,
     seed: int = 0,
+    among: Bool[np.ndarray, "batch rows columns"] | None = None,
 ) -> Drops:
     """Return how far the logit of each image's class falls without each region, against as many random patches.
 
@@ -90,9 +91,12 @@ def logit_drops(
         removed: The regions.
         classes: Whose logits are looked at; by default the predicted ones.
         seed: Of the random patches.
+        among: The patches that random ones are drawn from, of which every region holds at most all; by default any.
     """
-    rng = np.random.default_rng(seed)
-    at_random = rng.random(removed.shape).reshape(*removed.shape[:2], -1).argsort(axis=-1).argsort(axis=-1)
+    chances = np.random.default_rng(seed).random(removed.shape)
+    if among is not None:
+        chances += ~among[:, None]  # what is not allowed comes last
+    at_random = chances.reshape(*removed.shape[:2], -1).argsort(axis=-1).argsort(axis=-1)
     counts = removed.sum(axis=(2, 3))
     as_many = (at_random < counts[..., None]).reshape(removed.shape)
     whole = logits_without(model, images, np.zeros((len(images), 1, *removed.shape[2:]), bool))[:, 0]

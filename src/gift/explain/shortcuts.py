@@ -1,11 +1,15 @@
-"""Clusters that look away from the object and yet decide: what a model may have learned instead of the object."""
+"""Clusters that look away from the object and yet decide: what a model may have learned instead of the object.
+
+Most of a cluster's strength may lie beside the object and its removal still take the object away. So only patches
+without object are removed, and compared with as many others without object.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.stats import t as student
 from torch import Tensor, nn
 
@@ -18,6 +22,7 @@ from gift.explain.removal import logit_drops, patch_of_grid, regions
 from gift.explain.scores import choose_distinct
 
 STRONG = 0.5  # on a cluster's scale: where a patch belongs to its region
+FREE = 0.02  # share of a patch that the object may cover where it counts as outside
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,18 @@ class ShortcutOptions:
 
 @dataclass(frozen=True)
 class Shortcut:
-    """A cluster outside the object whose region speaks for a class.
+    """A cluster outside the object whose region there speaks for a class.
 
     Attributes:
         ref: Its layer and number.
         label: Index of the class.
         outside: Share of the cluster's strength, in images of the class, that lies outside the object.
-        net_drop: How much more the logit of the class falls without the cluster's region than without as many random
-            patches, the mean over images of the class.
+        net_drop: How much more the logit of the class falls without the patches of the cluster's region that show no
+            object than without as many other patches that show none, the mean over images of the class.
         low: Lower end of its 95 % interval over images; above 0.
-        region: Mean share of the image that the region takes.
-        lifts: By part, how many times more of it the cluster's strength shows than the image at large.
+        region: Mean share of the image that was removed.
+        lifts: By part that is not of the object, how many times more of it the removed patches show than all patches
+            without object do.
     """
 
     ref: ClusterRef
@@ -96,22 +102,20 @@ def find_shortcuts(
     strength = strength[:, layers, clusters]
     grid = strength.shape[2:]
     coverage = truth.coverage(patch_of_grid(model, images, grid[0]), grid)
+    parts = [truth.part_names.index(part) for part in truth.object_parts]
+    free = coverage[:, parts].sum(axis=1) <= FREE
     found = []
     for label in np.unique(labels):
         of_class = np.flatnonzero(labels == label)
-        energy = _energy(strength[of_class], coverage[of_class])  # [clusters, parts]
-        outside = 1 - energy[:, [truth.part_names.index(part) for part in truth.object_parts]].sum(axis=1)
+        outside = _share_outside(strength[of_class], coverage[of_class][:, parts].sum(axis=1))
         candidates = np.flatnonzero(outside >= options.outside)
         some = of_class[: options.images_per_class]
-        removed = regions(strength[some][:, candidates], np.full(len(candidates), STRONG))
-        drops = logit_drops(
-            model, images[torch.from_numpy(some)], removed, np.full(len(some), int(label)), options.seed
-        )
+        removed = regions(strength[some][:, candidates], np.full(len(candidates), STRONG)) & free[some][:, None]
+        classes = np.full(len(some), int(label))
+        drops = logit_drops(model, images[torch.from_numpy(some)], removed, classes, options.seed, free[some])
         means, lows = _mean_and_low(drops.net)
-        share = coverage[of_class].mean(axis=(0, 2, 3))
         for place in np.flatnonzero(lows > 0):
             cluster = candidates[place]
-            lifts = energy[cluster] / np.maximum(share, 1e-12) * (share > 0)
             found.append(
                 Shortcut(
                     maps.ref(int(layers[cluster]), int(clusters[cluster])),
@@ -120,18 +124,33 @@ def find_shortcuts(
                     float(means[place]),
                     float(lows[place]),
                     float(removed[:, place].mean()),
-                    {part: float(lift) for part, lift in zip(truth.part_names, lifts, strict=True)},
+                    _lifts(truth, coverage[some], removed[:, place], free[some]),
                 )
             )
     return sorted(found, key=lambda shortcut: -shortcut.net_drop)
 
 
-def _energy(
-    strength: Float[np.ndarray, "batch clusters rows columns"], coverage: Float[np.ndarray, "batch parts rows columns"]
-) -> Float[np.ndarray, "clusters parts"]:
-    """Return which share of each cluster's strength lies on each part."""
-    together = np.einsum("bcij,bpij->cp", strength, coverage)
-    return together / np.maximum(strength.sum(axis=(0, 2, 3)), 1e-12)[:, None]
+def _share_outside(
+    strength: Float[np.ndarray, "batch clusters rows columns"], on_object: Float[np.ndarray, "batch rows columns"]
+) -> Float[np.ndarray, " clusters"]:
+    """Return which share of each cluster's strength lies outside the object."""
+    inside = np.einsum("bcij,bij->c", strength, on_object)
+    return 1 - inside / np.maximum(strength.sum(axis=(0, 2, 3)), 1e-12)
+
+
+def _lifts(
+    truth: PartImages,
+    coverage: Float[np.ndarray, "batch parts rows columns"],
+    removed: Bool[np.ndarray, "batch rows columns"],
+    free: Bool[np.ndarray, "batch rows columns"],
+) -> dict[str, float]:
+    """Return by part how many times more of it the removed patches show than all patches without object."""
+    lifts = {}
+    for index, part in enumerate(truth.part_names):
+        usual = float(coverage[:, index][free].mean()) if free.any() else 0.0
+        if part not in truth.object_parts:
+            lifts[part] = float(coverage[:, index][removed].mean()) / usual if usual and removed.any() else 0.0
+    return lifts
 
 
 def _mean_and_low(
