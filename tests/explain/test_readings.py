@@ -225,7 +225,7 @@ def patch_tokens(model, pixels):
 
 def assert_close(found, expected):
     """Compare on the scale of what is expected: the outputs of an untrained model are small."""
-    assert np.allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+    assert np.allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_the_statistics_of_a_model_are_those_of_what_its_adapted_layers_put_out():

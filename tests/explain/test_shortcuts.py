@@ -11,6 +11,7 @@ from gift.explain.tables import shortcut_table
 from tests.models import make_vit
 
 COUNT = 12
+LOGITS = 2.0 * (-1) ** np.arange(2 * COUNT).reshape(2, COUNT).T  # each class's have a standard deviation of 2
 
 
 class Toy(nn.Module):
@@ -56,7 +57,7 @@ def with_maps(monkeypatch):
             ("l",),
             np.zeros((1, 1, 3)),
             zeros,
-            np.zeros((COUNT, 2)),
+            LOGITS,
             np.zeros((COUNT, 2), int),
             (4,),
             (0, 1, 2),
@@ -82,7 +83,7 @@ def test_a_cluster_on_a_planted_cue_is_found_for_its_class_only(with_maps):
     assert found[0].lifts["cue"] == pytest.approx(15)  # it is one of 15 patches without object, and all of the region
     assert found[0].outside > 0.8
     mean = normalise(truth.images.pixels)[:, 0].unflatten(1, (4, 8)).unflatten(3, (4, 8)).mean(dim=(1, 2, 3, 4))
-    drop = 10 * (250 / 255 - mean[1::2])  # minus what a random patch takes, which is the cue once in sixteen times
+    drop = 10 / 2 * (250 / 255 - mean[1::2])  # minus what a random patch takes, which is the cue once in sixteen times
     assert 0.6 * float(drop.mean()) < found[0].net_drop <= float(drop.mean()) + 1e-4
     assert 0 < found[0].low < found[0].net_drop
 

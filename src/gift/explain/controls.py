@@ -32,13 +32,19 @@ def untrained_assignments(tuner: GiftModel, block: int = -1, seed: int = 0) -> d
     """
     (adapter,) = tuner.active_adapters
     source, found = tuner.gift_source, {}
+    weights_of = {
+        group: [source.layers[target.layer].frozen_weight(target.part) for target in targets]
+        for group, targets in source.groups[adapter].items()
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh_of = {
+            group: WeightGenerator(weights[0].shape[1], weights[0].shape[0], source.generators[adapter][group].options)  # type: ignore[index]
+            for group, weights in weights_of.items()
+        }
     for group, targets in source.groups[adapter].items():
-        trained = source.generators[adapter][group]  # type: ignore[index]
-        weights = [source.layers[target.layer].frozen_weight(target.part) for target in targets]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            fresh = WeightGenerator(weights[0].shape[1], weights[0].shape[0], trained.options)
-        fresh.to(trained.recover)
+        fresh, weights = fresh_of[group], weights_of[group]
+        fresh.to(source.generators[adapter][group].recover)  # type: ignore[index]
         fresh.calibrate(weights)
         for target, of_blocks in zip(targets, fresh(weights).assignments, strict=True):
             found[str(target)] = of_blocks[block]

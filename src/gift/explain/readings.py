@@ -72,7 +72,7 @@ class TokenStatistics:
         """
         count, sums, squares = 0, {}, {}
         for batch in tokens:
-            count += len(next(iter(batch.values())))
+            count += len(next(iter(batch.values()), ()))
             for name, of_layer in batch.items():
                 values = of_layer.double()
                 sums[name] = sums.get(name, 0) + values.sum(dim=0)

@@ -4,7 +4,6 @@ For a ViT, whose patch embedding is linear, this replaces the embedded tokens of
 tokens before positions are added; for any other model it is the same picture.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,10 +40,16 @@ def remove_patches(
 
 
 def patch_of_grid(model: nn.Module, images: Float[Tensor, "batch channels height width"], rows: int) -> tuple[int, int]:
-    """Return the height and width in pixels of the patches of a grid with so many rows, of any stage of the model."""
-    tall, wide = patch_size(model)
-    merged = 2 ** round(math.log2(patch_grid(model, images.shape[2], images.shape[3])[0] / rows))
-    return merged * tall, merged * wide
+    """Return the height and width in pixels of the patches of a grid with so many rows, of any stage of the model.
+
+    Raises:
+        ValueError: If no stage has such a grid.
+    """
+    (tall, wide), (first, _) = patch_size(model), patch_grid(model, images.shape[2], images.shape[3])
+    for merged in (2**stage for stage in range(first.bit_length() + 1)):
+        if -(-first // merged) == rows:
+            return merged * tall, merged * wide
+    raise ValueError(f"Maps of {rows} rows are not of this model, whose first grid has {first} rows for these images.")
 
 
 def regions(
@@ -148,7 +153,7 @@ def removal_curves(
         maps: One map per image.
         steps: Number of steps from the whole image to none of it.
     """
-    flat = maps.reshape(len(maps), -1)
+    flat = maps.reshape(len(maps), -1).astype(np.float64)
     order = (-flat).argsort(axis=1, kind="stable").argsort(axis=1)
     shares = np.round(np.linspace(0, flat.shape[1], steps + 1))
     deleted = np.stack([order < share for share in shares], axis=1).reshape(len(maps), steps + 1, *maps.shape[1:])

@@ -66,8 +66,9 @@ def pointing_hits(
 ) -> Float[np.ndarray, " images"]:
     """Return for every image that shows the part the share of it in the patch of the highest response."""
     shows = coverage.sum(axis=(1, 2)) > 0
-    peaks = maps[shows].reshape(int(shows.sum()), -1).argmax(axis=1)
-    return coverage[shows].reshape(len(peaks), -1)[np.arange(len(peaks)), peaks]
+    patches = maps.shape[1] * maps.shape[2]
+    peaks = maps[shows].reshape(-1, patches).argmax(axis=1)
+    return coverage[shows].reshape(-1, patches)[np.arange(len(peaks)), peaks]
 
 
 def energy_inside(
@@ -110,12 +111,12 @@ def choose_distinct(
     chosen: list[tuple[int, int]] = []
     responses = standardised(np.moveaxis(maps, 0, 2).reshape(*maps.shape[1:3], -1))
     for flat in np.argsort(-scores, axis=None, kind="stable"):
+        if len(chosen) >= count:
+            break
         layer, cluster = (int(index) for index in np.unravel_index(flat, scores.shape))
         here = responses[layer, cluster]
         if np.any(here) and all(abs(responses[other] @ here) / here.size <= largest_correlation for other in chosen):
             chosen.append((layer, cluster))
-        if len(chosen) == count:
-            break
     return chosen
 
 

@@ -178,7 +178,7 @@ class Scorer:
                     float(sums[:, 0].sum() / sums[:, 1].sum()),
                     float(low),
                     float(high),
-                    float(pointing_hits(maps, of_part).mean()),
+                    _mean(pointing_hits(maps, of_part)),
                     energy_inside(strength, of_part),
                     None if limits is None else limits[index],
                 )
@@ -289,11 +289,16 @@ class Scorer:
             of_part = coverage[scored, index]
             share = float(of_part.mean())
             shown = of_part[of_part.sum(axis=(1, 2)) > 0]
-            parts.append(PartScore(part, "", share, share, share, float(shown.mean()), share))
+            parts.append(PartScore(part, "", share, share, share, _mean(shown), share))
         some = np.flatnonzero(scored)[: self.options.images_removed]
         order = np.random.default_rng(self.options.seed).random((len(some), *coverage.shape[2:]))
         deletion, insertion = removal_curves(self.model, self.images[torch.from_numpy(some)], order)
         return MethodScore("no map", "", 0, [], parts, float(deletion.mean()), float(insertion.mean()))
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean; 0 of nothing, where no image shows a part."""
+    return float(values.mean()) if values.size else 0.0
 
 
 def _going_with(

@@ -46,7 +46,7 @@ def verdicts(rows: Sequence[MethodScore]) -> list[str]:
 def shortcut_table(shortcuts: Sequence[Shortcut], class_names: Sequence[str], count: int = 10) -> str:
     """Return a line per shortcut: the cluster, the class it speaks for, and what it lies on."""
     lines = [
-        "| cluster | class | logit drop, net | at least | outside the object | region | shows most |",
+        "| cluster | class | net logit drop (std) | at least | outside the object | region | shows most |",
         "|---" * 7 + "|",
     ]
     for one in shortcuts[:count]:
