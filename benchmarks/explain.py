@@ -51,7 +51,7 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
 
 def measurements(model: PeftModel, images: Tensor) -> dict[str, Callable[[], float]]:
     scales = ClusterScales.of(explain_images(model, torch.randn(8, *images.shape[1:])))
-    name = "base_model.model.blocks.11.norm1"
+    name = f"base_model.model.blocks.{len(model.base_model.model.blocks) - 1}.norm1"
     layer = model.get_submodule(name)
     side = images.shape[2] // 16
 

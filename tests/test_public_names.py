@@ -11,7 +11,16 @@ from gift.training.finetune import finetune
 
 
 def test_the_public_names_are_few_and_all_there():
-    few = {"SMALL_BACKBONE", "FinetuneOptions", "GiftConfig", "GiftLinear", "GiftModel", "finetune"}
+    few = {
+        "SMALL_BACKBONE",
+        "ClusterMaps",
+        "FinetuneOptions",
+        "GiftConfig",
+        "GiftLinear",
+        "GiftModel",
+        "explain_images",
+    }
+    few |= {"finetune"}
     assert set(gift.__all__) == few
     assert gift.finetune is finetune
     assert gift.FinetuneOptions is FinetuneOptions
