@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers import BatchFeature, TimmWrapperConfig, TimmWrapperForImageClassification
 
 from gift import GiftConfig
 from gift.explain import ClusterMaps, Reading, explain_images
@@ -76,8 +76,10 @@ def test_the_model_is_left_as_it_was_also_after_an_error(fails):
     assert state_of(model) == before
 
 
-def make_timm_model(**options):
-    return perturb(get_peft_model(make_vit(), GiftConfig(**({"r": 4, "num_clusters": 6} | options)))).eval()
+def make_timm_model(dynamic=False, **options):
+    return perturb(
+        get_peft_model(make_vit(dynamic_img_size=dynamic), GiftConfig(**({"r": 4, "num_clusters": 6} | options)))
+    ).eval()
 
 
 def test_a_plain_timm_model_and_an_image_that_is_no_square_are_explained_too():
@@ -120,7 +122,7 @@ def two_active():
         (make_vit, "VisionTransformer has no GIFT adapter, and there is no clusters.safetensors"),
         (lambda: get_peft_model(make_vit(), LoraConfig(target_modules=["attn.proj"])), "no GIFT adapter"),
         (lambda: make_timm_model().merge_and_unload(), "VisionTransformer has no GIFT adapter"),
-        (disabled, "'default' is disabled"),
+        (disabled, "'default' is not in effect"),
         (two_active, r"\['default', 'other'\] are active"),
         (lambda: make_timm_model(generator="mlp"), "no block -1 with clusters: this generator has 0"),
         (lambda: make_timm_model(generator="mixer", num_mixed_tokens=4), "The kinds `paca` and `linear` have clusters"),
@@ -145,6 +147,8 @@ def test_layers_and_clusters_are_chosen_by_number_or_name_and_keep_their_labels(
     assert np.array_equal(some.assignments, everything.assignments[[1]][..., [4, 1]])
     assert str(some.ref(0, 1)) == "L1/C1"
     assert explain_images(model, images(), layers=[-1]).layer_names == everything.layer_names[1:]
+    with_numpy = explain_images(model, images(), layers=np.arange(1, 2), clusters=np.array([4, 1]))
+    assert np.array_equal(with_numpy.maps, some.maps)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +173,7 @@ def test_batches_of_any_kind_give_what_one_tensor_gives():
     assert np.array_equal(explain_images(model, batch.float()).maps.shape, whole.maps.shape)
     for batches in (batch.split(2), [{"pixel_values": batch}], [[batch, torch.zeros(5)]]):
         assert np.allclose(explain_images(model, iter(batches)).maps, whole.maps, atol=1e-6)
+    assert np.allclose(explain_images(model, BatchFeature({"pixel_values": batch})).maps, whole.maps, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +211,33 @@ def test_a_stream_that_fails_leaves_nothing_and_what_was_there_before(tmp_path):
     with pytest.raises(OSError, match="the disk is gone"):
         explain_images(model, batches(), out=out)
     assert len(ClusterMaps.load(out).maps) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"layer_names": None}, {"layer_names": ["a"]}, {"cluster_numbers": [1]}, {"unknown": 1}, {"reading": ...}],
+)
+def test_a_manifest_that_does_not_fit_the_maps_is_refused(tmp_path, changes):
+    explain_images(make_model(), images()).save(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if value is not ...}))
+    with pytest.raises(ValueError, match="holds no complete cluster maps"):
+        ClusterMaps.load(tmp_path)
+
+
+def test_images_of_several_sizes_are_refused():
+    model = make_timm_model(dynamic=True)
+    with pytest.raises(ValueError, match=r"must be of one size, got \(16, 16\) after \(32, 32\)"):
+        explain_images(model, [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 16, 16)])
+
+
+def test_a_foreign_file_among_maps_is_the_one_that_is_named(tmp_path):
+    found = explain_images(make_model(), images())
+    found.save(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds notes.txt"):
+        found.save(tmp_path)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

@@ -133,3 +133,29 @@ def test_clusters_that_are_not_finite_are_refused(tmp_path):
     Assignments({"layer": torch.full((3, 2), torch.nan)}).save(tmp_path)
     with pytest.raises(ValueError, match="is damaged: it must hold finite matrices"):
         Assignments.load(tmp_path)
+
+
+def test_a_merge_that_fails_leaves_the_adapter_as_it_was(tmp_path):
+    model = make_transformers_vit()
+    generator = next(iter(model.base_model.gift_generators["default"].values()))
+    with torch.no_grad():
+        generator.recover.fill_(torch.inf)
+    with pytest.raises(ValueError, match="NaN or infinite weights"):
+        merge_and_save(model, tmp_path)
+    (tmp_path / "file").write_text("")
+    with torch.no_grad():
+        generator.recover.fill_(0.1)
+    expected = explain_images(model, make_images())
+    with pytest.raises(FileExistsError):
+        merge_and_save(model, tmp_path / "file")
+    assert_same_maps(explain_images(model, make_images()), expected)
+    assert not any(layer.merged for layer in model.base_model.gift_source.layers.values())
+
+
+def test_clusters_in_the_working_directory_are_not_those_of_any_model(tmp_path, monkeypatch):
+    merge_and_save(make_transformers_vit(), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"VisionTransformer has no GIFT adapter, and there is no clusters.safetensors"
+    ):
+        explain_images(make_vit(), make_images())

@@ -1,4 +1,7 @@
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -199,3 +202,40 @@ def test_a_layer_that_does_not_see_every_patch_has_no_maps():
     )
     with pytest.raises(ValueError, match=r"head gave an output of shape \(2, 5\) .* it has no maps"):
         explain_images(model, make_images().double())
+
+
+def test_a_pass_that_fails_leaves_no_maps_of_an_earlier_image():
+    model = adapt(make_vit())
+    with recording_maps(model) as recorded:
+        model(make_images().double())
+        with pytest.raises(AssertionError):
+            model(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match="no maps yet"):
+            recorded.maps  # noqa: B018
+
+
+def test_maps_are_computed_in_single_precision_under_autocast():
+    model = adapt(make_vit(), generator_dtype="float32").float()
+    with torch.autocast("cpu", torch.bfloat16), recording_maps(model) as recorded, torch.no_grad():
+        model(make_images())
+    assert recorded.maps.dtype == torch.float32
+
+
+COMPILED = """
+import numpy, torch
+from gift import explain_images
+from tests.models import make_adapted_vit, make_images
+model = make_adapted_vit()
+expected = explain_images(model, make_images()).maps
+for block in model.base_model.model.blocks:
+    block.compile(backend="eager")
+with torch.no_grad():
+    model(make_images())
+assert numpy.allclose(explain_images(model, make_images()).maps, expected, atol=1e-6)
+"""
+
+
+@pytest.mark.slow
+def test_blocks_that_were_compiled_before_have_maps_too():
+    # In a process of its own: checks of shapes break the graphs that are compiled.
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parents[2])

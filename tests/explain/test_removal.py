@@ -113,11 +113,20 @@ def test_for_a_linear_patch_embedding_removed_tokens_are_the_mean_of_the_images_
 # ---- sizes of patches ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("changes", "rows", "expected"), [({}, 4, (8, 8)), ({"patch_size": (8, 4)}, 4, (8, 4))])
-def test_the_patches_of_a_vit_are_those_it_embeds(changes, rows, expected):
-    assert patch_of_grid(make_vit(**changes), make_images(), rows) == expected
+@pytest.mark.parametrize(("changes", "grid", "size"), [({}, (4, 4), (8, 8)), ({"patch_size": (8, 4)}, (4, 8), (8, 4))])
+def test_the_patches_of_a_vit_are_those_it_embeds(changes, grid, size):
+    assert patch_of_grid(make_vit(**changes), make_images(), grid) == size
     adapted = make_adapted_vit()
-    assert patch_of_grid(adapted, make_images(), 4) == (8, 8)
+    assert patch_of_grid(adapted, make_images(), (4, 4)) == (8, 8)
+    with pytest.raises(ValueError, match=r"Maps of \(4, 3\) patches are not of this model"):
+        patch_of_grid(adapted, make_images(), (4, 3))
+
+
+def test_a_stage_of_one_row_is_told_by_its_columns():
+    sizes = {"img_size": (8, 64), "window_size": 2, "embed_dim": 16, "depths": (1, 1, 1), "num_heads": (2, 2, 2)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", **sizes)
+    grids = {(2, 16): (4, 4), (1, 8): (8, 8), (1, 4): (16, 16)}
+    assert {grid: patch_of_grid(model, torch.zeros(1, 3, 8, 64), grid) for grid in grids} == grids
 
 
 @pytest.mark.parametrize(("rows", "side"), [(16, 4), (8, 8), (4, 16)])
@@ -130,7 +139,7 @@ def test_the_patches_of_a_later_stage_of_swin_are_merged_ones(rows, side):
         stage.blocks[0].register_forward_hook(lambda module, args, output: seen.append(output.shape[1:3]))
     model.eval()(images)
     assert (rows, rows * 96 // 64) in [tuple(shape) for shape in seen]
-    assert patch_of_grid(model, images, rows) == (side, side)
+    assert patch_of_grid(model, images, (rows, rows * 96 // 64)) == (side, side)
 
 
 def test_a_region_holds_the_patches_that_reach_the_threshold_of_their_cluster():

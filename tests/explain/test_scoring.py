@@ -1,6 +1,6 @@
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -152,3 +152,13 @@ def test_a_model_without_clusters_is_refused(truth):
     model = make_adapted_vit(generator="mlp")
     with pytest.raises(ValueError, match="no block -1 with clusters"):
         Scorer(model, truth, normalise, ScoreOptions()).score()
+
+
+def test_a_part_that_half_of_the_images_never_show_gives_numbers_all_the_same(truth):
+    truth = replace(truth, masks=truth.masks.copy())
+    truth.masks[1:, 1] = 0  # only the first image shows a centre, and maps are chosen on it
+    rows = make_scorer(truth, readings=("own",), random_draws=1).score()
+    numbers = [
+        number for row in rows for part in row.parts for number in (part.iou, part.low, part.high, part.pointing)
+    ]
+    assert all(np.isfinite(number) for number in numbers)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -109,3 +111,18 @@ def test_the_table_says_what_a_shortcut_lies_on(with_maps):
     line = shortcut_table(found, ("a", "b")).splitlines()[2]
     assert line.startswith("| L4/C0 | b |")
     assert "cue" in line
+
+
+def test_objects_that_fill_the_images_and_have_no_surroundings_give_no_shortcuts(with_maps):
+    truth = make_truth()
+    filled = PartImages(truth.images, np.ones((COUNT, 1, 32, 32), np.float32), ("object",), ("object",), {})
+    assert find_shortcuts(Toy(True), filled, normalise) == []
+    found = find_shortcuts(Toy(True), make_truth(), normalise)
+    assert shortcut_table([replace(found[0], lifts={})], ()).splitlines()[2].endswith("|  |")
+
+
+def test_images_of_other_classes_are_refused(with_maps):
+    truth = make_truth()
+    truth.images.labels[:] = 7
+    with pytest.raises(ValueError, match="labels up to 7, and the model 2 classes"):
+        find_shortcuts(Toy(True), truth, normalise)

@@ -5,12 +5,13 @@ file `clusters.safetensors` that was written beside it (`gift.explain.merged`).
 """
 
 import json
+import operator
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -27,6 +28,8 @@ from gift.tuner.weights import rows_of_part
 
 CLUSTERS_FILE = "clusters.safetensors"
 FORMAT = "gift clusters 1"
+
+Chosen = Iterable[Any] | str | int | None  # numbers or names; None for all
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +150,10 @@ def explained_model(model: nn.Module, block: int = -1, stored: Assignments | Non
     (adapter,) = tuner.active_adapters
     layers = {name: layer for name, layer in tuner.gift_source.layers.items() if adapter in layer.gift_parts}
     if not all(adapter in layer.adapters_in_effect or adapter in layer.merged_adapters for layer in layers.values()):
-        raise ValueError(f"The adapter {adapter!r} is disabled, so its clusters tell nothing: enable it first.")
+        raise ValueError(
+            f"The adapter {adapter!r} is not in effect, so its clusters tell nothing: it is disabled, or another one "
+            "is merged. Enable it, or unmerge the other."
+        )
     return ExplainedModel(tuner.model, dict(layers), _generated(tuner, adapter, block), adapter)
 
 
@@ -175,8 +181,8 @@ def _of_block(of_blocks: Sequence[Tensor], block: int) -> Tensor:
 
 def _beside(model: nn.Module) -> Assignments:
     """Return the clusters stored beside the files of a transformers model."""
-    folder = Path(str(getattr(getattr(model, "config", None), "_name_or_path", "") or "."))
-    if not (folder / CLUSTERS_FILE).is_file():
+    folder = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not folder or not (Path(folder) / CLUSTERS_FILE).is_file():
         raise ValueError(
             f"{type(model).__name__} has no GIFT adapter, and there is no {CLUSTERS_FILE} beside it. Pass a PeftModel "
             "with a GIFT adapter, or the clusters that were stored when it was merged: "
@@ -186,7 +192,7 @@ def _beside(model: nn.Module) -> Assignments:
 
 
 def _with_stored(model: nn.Module, stored: Assignments, block: int) -> ExplainedModel:
-    if block != stored.block:
+    if block not in (-1, stored.block):
         raise ValueError(f"The stored clusters are of block {stored.block}, not of block {block}.")
     modules: dict[str, Any] = {}
     for name, matrix in stored.matrices.items():
@@ -229,7 +235,7 @@ def _warn_of_other_weights(modules: dict[str, Any], stored: Assignments) -> None
             return
 
 
-def choose(names: Sequence[str], wanted: Sequence[str | int] | None, kind: str) -> list[int]:
+def choose(names: Sequence[str], wanted: Chosen, kind: str) -> list[int]:
     """Return the numbers of what is wanted, by number or by name, in the order asked for; all by default.
 
     Raises:
@@ -238,12 +244,12 @@ def choose(names: Sequence[str], wanted: Sequence[str | int] | None, kind: str) 
     if wanted is None:
         return list(range(len(names)))
     chosen = []
-    for one in wanted:
-        number = list(names).index(one) if isinstance(one, str) and one in names else one
-        if isinstance(number, bool) or not isinstance(number, int) or not -len(names) <= number < len(names):
+    for one in [wanted] if isinstance(wanted, (str, int)) else wanted:
+        number: Any = list(names).index(one) if isinstance(one, str) and one in names else one
+        if isinstance(number, bool) or not isinstance(number, SupportsIndex) or not -len(names) <= number < len(names):  # type: ignore[operator]
             known = ", ".join(names[:6]) if names and not re.fullmatch(r"\d+", names[0]) else f"0 to {len(names) - 1}"
             raise ValueError(f"There is no {kind} {one!r}; there are {len(names)}: {known}.")
-        chosen.append(number % len(names))
+        chosen.append(operator.index(number) % len(names))
     if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"Name at least one {kind} and each once, got {list(wanted)}.")
+        raise ValueError(f"Name at least one {kind} and each once, got {wanted}.")
     return chosen

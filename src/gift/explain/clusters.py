@@ -5,7 +5,6 @@ shape (out_features, clusters). With f the output tokens of the adapted layer, l
 tokens, f C has one map per cluster (GIFT, arXiv 2312.00700, first version: clusters as a segmentation head).
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gift.explain.assignments import choose
+from gift.explain.assignments import Chosen, choose
 from gift.explain.capture import evaluating
 from gift.explain.files import MapsWriter, read_arrays, read_manifest
 from gift.explain.names import ClusterRef
@@ -65,7 +64,7 @@ class ClusterMaps:
         """Return the name, as in `L8/C28`, of what lies at these places of `maps`."""
         return ClusterRef(self.layer_numbers[layer], self.cluster_numbers[cluster])
 
-    def segment(self, layer: int | str, clusters: Sequence[int] | None = None) -> LabelMaps:
+    def segment(self, layer: int | str, clusters: Chosen = None) -> LabelMaps:
         """Return one label map per image: the cluster whose standardised map is highest in a patch.
 
         Near-duplicates (correlation over 0.9) are merged first.
@@ -99,8 +98,22 @@ class ClusterMaps:
             ValueError: If the folder holds no complete maps.
         """
         manifest, (maps, arrays) = read_manifest(Path(folder)), read_arrays(Path(folder))
-        manifest |= {name: tuple(manifest[name]) for name in ("layer_names", "layer_numbers", "cluster_numbers")}
-        return cls(maps=maps, **arrays, **manifest)
+        try:
+            manifest |= {name: tuple(manifest[name]) for name in ("layer_names", "layer_numbers", "cluster_numbers")}
+            loaded = cls(maps=maps, **arrays, **manifest)
+            lengths = [len(loaded.layer_names), len(loaded.layer_numbers), len(loaded.assignments)]
+            lengths += [
+                len(loaded.cluster_numbers),
+                loaded.assignments.shape[2],
+                len(loaded.logits),
+                len(loaded.image_sizes),
+            ]
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{folder} holds no complete cluster maps: {error}.") from error
+        batch, layers, clusters = maps.shape[:3]
+        if lengths != [layers, layers, layers, clusters, clusters, batch, batch]:
+            raise ValueError(f"{folder} holds no complete cluster maps: its parts do not belong together.")
+        return loaded
 
 
 def _write(writer: MapsWriter, maps: ClusterMaps) -> None:
@@ -115,8 +128,8 @@ def _write(writer: MapsWriter, maps: ClusterMaps) -> None:
 def explain_images(
     model: nn.Module,
     images: Images,
-    layers: Sequence[str | int] | None = None,
-    clusters: Sequence[int] | None = None,
+    layers: Chosen = None,
+    clusters: Chosen = None,
     block: int = -1,
     reading: Reading | str = "plain",
     out: Path | str | None = None,

@@ -3,12 +3,14 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gift.adapters import load_adapter
 from gift.data.parts import read_parts
+from gift.explain.clusters import explain_images
 from gift.explain.rows import ScoreOptions
 from gift.explain.scoring import Scorer
-from gift.explain.shortcuts import ShortcutOptions, find_shortcuts
+from gift.explain.shortcuts import ShortcutOptions, check_truth, find_shortcuts
 from gift.explain.tables import score_table, shortcut_table, verdicts
 
 
@@ -27,21 +29,27 @@ def score_adapter(
         ValueError: If the adapter or the data cannot be read, there are fewer than 8 images, or the adapter has no
             clusters.
     """
+    if out is not None and out.is_dir():
+        raise ValueError(f"{out} is a folder: name a file for the figures.")
     loaded = load_adapter(adapter, backbone)
     truth = read_parts(data, loaded.image_size_px, count, seed)
+    if shortcuts:  # before minutes are spent
+        check_truth(truth, explain_images(loaded.model, loaded.normalise(truth.images.pixels[:1])).logits.shape[1])
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
     rows = Scorer(loaded.model, truth, loaded.normalise, ScoreOptions(seed=seed)).score()
     lines = [
         f"{len(truth)} images of {loaded.image_size_px} px: maps are chosen on one half and scored on the other. IoU "
         "with its 95 % interval over images; a star: no better than random clusters read alike.",
         *("", score_table(rows), "", *verdicts(rows)),
     ]
-    found = find_shortcuts(loaded.model, truth, loaded.normalise, ShortcutOptions(seed=seed)) if shortcuts else []
+    record: dict[str, Any] = {"adapter": Path(adapter).name, "data": str(data), "images": len(truth), "seed": seed}
+    record["rows"] = [asdict(row) for row in rows]
     if shortcuts:
+        found = find_shortcuts(loaded.model, truth, loaded.normalise, ShortcutOptions(seed=seed))
         table = shortcut_table(found, truth.images.class_names) if found else "None was found."
         lines += ["", "Clusters outside the object whose removal moves a logit:", "", table]
+        record["shortcuts"] = [asdict(one) for one in found]
     if out is not None:
-        record = {"adapter": Path(adapter).name, "data": str(data), "images": len(truth), "seed": seed}
-        record |= {"rows": [asdict(row) for row in rows], "shortcuts": [asdict(one) for one in found]}
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n")
     return "\n".join(lines)

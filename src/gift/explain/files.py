@@ -33,8 +33,9 @@ class MapsWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         taken = [entry.name for entry in folder.iterdir()] if folder.is_dir() else [folder.name] * folder.exists()
-        if taken and not set(taken) <= {MAPS, ARRAYS, MANIFEST, f"{MAPS}.partial"}:
-            raise ValueError(f"{folder} holds {sorted(taken)[0]}, which is no cluster map: choose another folder.")
+        own = {MAPS, ARRAYS, MANIFEST, f"{MAPS}.partial", f"{MANIFEST}.partial"}
+        if foreign := sorted(set(taken) - own):
+            raise ValueError(f"{folder} holds {foreign[0]}, which is no cluster map: choose another folder.")
         self._shape: list[int] = []
 
     def __enter__(self) -> "MapsWriter":

@@ -13,7 +13,7 @@ def merge_and_save(model: nn.Module, folder: Path | str, block: int = -1, safe_m
     """Merge the active adapter, write the model and its clusters into a folder, and return the model without adapter.
 
     `explain_images` finds the clusters by itself when transformers loads the folder; for a timm model
-    (`timm.create_model("local-dir:FOLDER")`) pass `Reading(assignments=Assignments.load(folder))`.
+    (`timm.create_model("local-dir:FOLDER", pretrained=True)`) pass `Reading(assignments=Assignments.load(folder))`.
 
     Args:
         model: A `PeftModel` of a transformers or timm model with one active GIFT adapter.
@@ -23,7 +23,8 @@ def merge_and_save(model: nn.Module, folder: Path | str, block: int = -1, safe_m
 
     Raises:
         ValueError: If there is no such adapter, it has no clusters, or the model is neither of timm nor of
-            transformers; nothing was merged or written.
+            transformers, or a merged weight would not be finite; nothing was merged.
+        OSError: If the folder cannot be made; nothing was merged.
     """
     explained = explained_model(model, block)
     tuner = find_tuner(model)
@@ -34,10 +35,11 @@ def merge_and_save(model: nn.Module, folder: Path | str, block: int = -1, safe_m
             f"{type(explained.inner).__name__} is neither a transformers nor a timm model. Save its clusters "
             "with explained_model(model).assignments.save(folder), then merge_and_unload() and save it in your own way."
         )
-    is_merged = any(layer.merged for layer in tuner.gift_source.layers.values())
-    merged = tuner.unload() if is_merged else tuner.merge_and_unload(safe_merge=safe_merge)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if not any(layer.merged for layer in tuner.gift_source.layers.values()):
+        tuner.merge_adapter(safe_merge=safe_merge)  # all layers or, after an error, none
+    merged = tuner.unload()
     if isinstance(merged, PreTrainedModel):
         merged.save_pretrained(folder)
     else:

@@ -1,12 +1,12 @@
 """Which maps are worth looking at: for one image, for a data set, and the images a cluster responds to most."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from gift.explain.assignments import Chosen
 from gift.explain.clusters import ClusterMaps, explain_images
 from gift.explain.names import ClusterRef
 from gift.explain.readings import Reading
@@ -173,8 +173,8 @@ def concentration(
 def stability_under_augmentation(
     model: nn.Module,
     images: Float[Tensor, "batch channels height width"],
-    layers: Sequence[str | int] | None = None,
-    clusters: Sequence[int] | None = None,
+    layers: Chosen = None,
+    clusters: Chosen = None,
     reading: Reading | str = "plain",
 ) -> Float[np.ndarray, "layers clusters"]:
     """Return how alike each cluster's maps stay when images are mirrored or dimmed, from -1 to 1.

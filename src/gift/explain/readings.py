@@ -39,11 +39,12 @@ class Readout:
         self, tokens: Float[Tensor, "batch rows columns channels"]
     ) -> Float[Tensor, "batch maps rows columns"]:
         """Return the maps of the tokens of some images."""
-        maps = tokens.to(self.matrix) @ self.matrix
-        if self.offset is not None:
-            maps = maps + self.offset
-        if self.centre:
-            maps = maps - maps.mean(dim=(1, 2), keepdim=True)
+        with torch.autocast(tokens.device.type, enabled=False):
+            maps = tokens.to(self.matrix) @ self.matrix
+            if self.offset is not None:
+                maps = maps + self.offset
+            if self.centre:
+                maps = maps - maps.mean(dim=(1, 2), keepdim=True)
         return maps.permute(0, 3, 1, 2)
 
     def select(self, maps: list[int]) -> "Readout":

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gift.backbones import find_family, prefix_tokens
-from gift.explain.assignments import ExplainedModel, choose, explained_model
+from gift.explain.assignments import Chosen, ExplainedModel, choose, explained_model
 from gift.explain.capture import before_adaptation, evaluating, watched
 from gift.explain.layout import TokenLayout
 from gift.explain.readings import Reading, Readout, TokenStatistics
@@ -46,15 +46,16 @@ class RecordedMaps:
 @contextmanager
 def recording_maps(
     model: nn.Module,
-    layers: Sequence[str | int] | None = None,
-    clusters: Sequence[int] | None = None,
+    layers: Chosen = None,
+    clusters: Chosen = None,
     block: int = -1,
     reading: Reading | str = "plain",
 ) -> Iterator[RecordedMaps]:
     """Record the maps of every forward pass of one's own loop.
 
     `with recording_maps(model) as recorded:` and inside it `model(images)`, then `recorded.maps`. The model runs in
-    whatever mode it is in, and its output is not changed; the clusters are those at the start.
+    whatever mode it is in; the clusters are those at the start. Compiled models run uncompiled meanwhile. The output is
+    not changed, except by a reading of the layers before adaptation: inside it these are not adapted.
 
     Args:
         model: As for `explain_images`, and so are the others.
@@ -86,18 +87,21 @@ class Plan:
         """Record the maps of every forward pass inside."""
         recorded = RecordedMaps(tuple(self.readouts))
 
+        def start() -> None:
+            recorded._of_layers.clear()  # nothing of an earlier image is left if this pass fails
+
         def read(name: str, tokens: Tensor) -> None:
             recorded._of_layers[name] = self.readouts[name](tokens)
 
-        with self.watching(read):
+        with self.watching(read, start):
             yield recorded
 
     @contextmanager
-    def watching(self, read: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Call `read` with the name of a target and its tokens (batch, rows, columns, channels) whenever it runs."""
+    def watching(self, read: Callable[[str, Tensor], None], start: Callable[[], None] | None = None) -> Iterator[None]:
+        """Call `read` with the name of a target and its tokens whenever it runs, and `start` before every pass."""
         layers: Any = self.explained.modules
         unadapted = nullcontext() if self.reading.adapted else before_adaptation(layers.values())
-        with unadapted, watched_tokens(self.explained.inner, layers, list(self.readouts), read):
+        with unadapted, watched_tokens(self.explained.inner, layers, list(self.readouts), read, start):
             yield
 
     def stacked_assignments(self) -> Float[np.ndarray, "layers out_features clusters"]:
@@ -111,8 +115,8 @@ class Plan:
 
 def plan_recording(
     model: nn.Module,
-    layers: Sequence[str | int] | None = None,
-    clusters: Sequence[int] | None = None,
+    layers: Chosen = None,
+    clusters: Chosen = None,
     block: int = -1,
     reading: Reading | str = "plain",
 ) -> Plan:
@@ -138,14 +142,18 @@ def watched_tokens(
     layers: Mapping[str, nn.Module],
     targets: Sequence[str],
     read: Callable[[str, Tensor], None],
+    start: Callable[[], None] | None = None,
 ) -> Iterator[None]:
     """Call `read` with the name of a target and its tokens on the patch grid whenever its layer runs.
+
+    Code that was compiled before it had hooks would not call them, so compiled models run uncompiled meanwhile.
 
     Args:
         model: The model in which the names of layers hold.
         layers: The layers of the targets by layer name.
         targets: Names of the targets.
         read: What to do with the tokens (batch, rows, columns, channels).
+        start: Called before every pass.
 
     Raises:
         ValueError: If the model is not a known backbone of image patches.
@@ -163,6 +171,8 @@ def watched_tokens(
         pixels = next((x for x in (*args, *keywords.values()) if isinstance(x, Tensor) and x.ndim == 4), None)
         if pixels is None:
             raise ValueError("The model was called without images (batch, 3, height, width), so there are no maps.")
+        if start is not None:
+            start()
         images[:] = [(len(pixels), TokenLayout(model, by_layer, pixels.shape[2], pixels.shape[3]))]
 
     def read_output(name: str, output: Tensor) -> None:
@@ -174,7 +184,8 @@ def watched_tokens(
 
     hook = backbone.register_forward_pre_hook(look_at_images, with_kwargs=True)
     try:
-        with watched({name: layers[name] for name in by_layer}, read_output):
+        uncompiled = torch.compiler.set_stance("force_eager")
+        with uncompiled, watched({name: layers[name] for name in by_layer}, read_output):
             yield
     finally:
         hook.remove()
@@ -227,14 +238,21 @@ def batches_of(images: Images) -> Iterator[Float[Tensor, "batch channels height 
     Raises:
         ValueError: If something is no batch of pixels.
     """
+    images = images["pixel_values"] if isinstance(images, Mapping) and "pixel_values" in images else images
+    size: tuple[int, ...] | None = None
     for batch in images.split(IMAGES_PER_PASS) if isinstance(images, Tensor) and len(images) else images:
-        pixels = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+        pixels = batch.get("pixel_values") if isinstance(batch, Mapping) else batch
         pixels = pixels[0] if isinstance(pixels, (list, tuple)) else pixels
-        if not (isinstance(pixels, Tensor) and pixels.ndim == 4 and pixels.is_floating_point()):
+        if not (isinstance(pixels, Tensor) and pixels.ndim == 4 and len(pixels) and pixels.is_floating_point()):
             got = f"{tuple(pixels.shape)} of {pixels.dtype}" if isinstance(pixels, Tensor) else type(pixels).__name__
             raise ValueError(
                 f"Images are batches of normalised pixels (batch, 3, height, width) in floating point, got {got}."
             )
+        if size not in (None, pixels.shape[2:]):
+            raise ValueError(
+                f"All images must be of one size, got {tuple(pixels.shape[2:])} after {tuple(size or ())}."
+            )
+        size = pixels.shape[2:]
         yield pixels
 
 

@@ -39,17 +39,19 @@ def remove_patches(
     return torch.where(pixels[:, None, :height, :width], mean, images)
 
 
-def patch_of_grid(model: nn.Module, images: Float[Tensor, "batch channels height width"], rows: int) -> tuple[int, int]:
-    """Return the height and width in pixels of the patches of a grid with so many rows, of any stage of the model.
+def patch_of_grid(
+    model: nn.Module, images: Float[Tensor, "batch channels height width"], grid: tuple[int, ...]
+) -> tuple[int, int]:
+    """Return the height and width in pixels of the patches of a grid (rows, columns), of any stage of the model.
 
     Raises:
         ValueError: If no stage has such a grid.
     """
-    (tall, wide), (first, _) = patch_size(model), patch_grid(model, images.shape[2], images.shape[3])
-    for merged in (2**stage for stage in range(first.bit_length() + 1)):
-        if -(-first // merged) == rows:
+    (tall, wide), first = patch_size(model), patch_grid(model, images.shape[2], images.shape[3])
+    for merged in (2**stage for stage in range(max(first).bit_length() + 1)):
+        if tuple(-(-size // merged) for size in first) == tuple(grid):
             return merged * tall, merged * wide
-    raise ValueError(f"Maps of {rows} rows are not of this model, whose first grid has {first} rows for these images.")
+    raise ValueError(f"Maps of {tuple(grid)} patches are not of this model, whose grid is {first} for these images.")
 
 
 def regions(
@@ -122,7 +124,7 @@ def logits_without(
 ) -> Float[np.ndarray, "batch regions classes"]:
     """Return the logits of every image without each of its regions."""
     first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    patch = patch_of_grid(model, images, removed.shape[2])
+    patch = patch_of_grid(model, images, removed.shape[2:])
 
     def batches() -> Iterator[Tensor]:
         places = np.argwhere(np.ones(removed.shape[:2], bool))
@@ -130,6 +132,8 @@ def logits_without(
             image, region = places[start : start + IMAGES_PER_PASS].T
             yield remove_patches(images[image], torch.from_numpy(removed[image, region]).to(images.device), patch)
 
+    if not removed.size:
+        return np.zeros((*removed.shape[:2], 0), np.float32)
     with evaluating(model):
         logits = torch.cat([logits_of(model(batch.to(first))).float().cpu() for batch in batches()])
     return logits.numpy().reshape(*removed.shape[:2], -1)

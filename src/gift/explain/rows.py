@@ -30,7 +30,7 @@ class ScoreOptions:
     Args:
         readings: Those that are rows of the table.
         images_removed: Of how many images patches are removed, for deletion, insertion and importance.
-        random_draws: How many sets of random maps say what chance can do.
+        random_draws: How many sets of random maps say what chance can do: of 40, one in 14 exceeds the limit.
         seed: Of everything that is drawn.
         block: Which of the generator's blocks gives the assignment.
         whole: Whether to score more than the overlap: pointing, energy, deletion, insertion, importance; and the
@@ -39,7 +39,7 @@ class ScoreOptions:
 
     readings: tuple[str, ...] = KINDS
     images_removed: int = 40
-    random_draws: int = 10
+    random_draws: int = 40
     seed: int = 0
     block: int = -1
     whole: bool = True

@@ -155,7 +155,7 @@ class Scorer:
 
     def coverage(self, grid: tuple[int, int]) -> Float[np.ndarray, "batch parts rows columns"]:
         """Return the share of every patch that each part covers."""
-        return self.truth.coverage(patch_of_grid(self.model, self.images, grid[0]), grid)
+        return self.truth.coverage(patch_of_grid(self.model, self.images, grid), grid)
 
     # ---- scores --------------------------------------------------------------------------------------------------
 
@@ -169,13 +169,13 @@ class Scorer:
             maps, of_part = found.of_parts[scored, index], coverage[scored, index]
             sums = overlap_sums(maps >= found.best.thresholds[index], of_part)
             drawn = sums[rng.integers(0, len(sums), (RESAMPLES, len(sums)))].sum(axis=1)
-            low, high = np.quantile(drawn[:, 0] / drawn[:, 1], (0.025, 0.975))
+            low, high = np.quantile(_overlap(drawn), (0.025, 0.975))
             strength = np.maximum(maps - np.median(found.of_parts[self.chosen_on, index]), 0)
             parts.append(
                 PartScore(
                     part,
                     f"L{found.layers[index]}/C{found.best.candidates[index]}",
-                    float(sums[:, 0].sum() / sums[:, 1].sum()),
+                    float(_overlap(sums.sum(axis=0, keepdims=True))[0]),
                     float(low),
                     float(high),
                     _mean(pointing_hits(maps, of_part)),
@@ -277,8 +277,8 @@ class Scorer:
             here = best_maps(maps[chosen], coverage[chosen])
             for part in np.flatnonzero(here.overlaps > best):
                 region = maps[scored, here.candidates[part]] >= here.thresholds[part]
-                intersection, union = overlap_sums(region, coverage[scored, part]).sum(axis=0)
-                best[part], answer[part] = here.overlaps[part], intersection / union
+                overlap = _overlap(overlap_sums(region, coverage[scored, part]).sum(axis=0, keepdims=True))
+                best[part], answer[part] = here.overlaps[part], overlap[0]
         return answer
 
     def _without_maps(self, coverage: np.ndarray) -> MethodScore:
@@ -294,6 +294,11 @@ class Scorer:
         order = np.random.default_rng(self.options.seed).random((len(some), *coverage.shape[2:]))
         deletion, insertion = removal_curves(self.model, self.images[torch.from_numpy(some)], order)
         return MethodScore("no map", "", 0, [], parts, float(deletion.mean()), float(insertion.mean()))
+
+
+def _overlap(sums: Float[np.ndarray, "samples 2"]) -> Float[np.ndarray, " samples"]:
+    """Return intersection over union; 0 where both are empty."""
+    return sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -88,15 +88,13 @@ def find_shortcuts(
         options: How to look.
 
     Raises:
-        ValueError: If the images have no labels, or the object no parts.
+        ValueError: If the images have no labels, the object no parts, or the model other classes.
     """
     options = options or ShortcutOptions()
+    check_truth(truth)
     labels, images = truth.images.labels, normalise(truth.images.pixels)
-    if labels.min() < 0 or not set(truth.object_parts) & set(truth.part_names):
-        raise ValueError(
-            "Shortcuts are looked for in images whose classes and object are known; these lack one of them."
-        )
     maps = explain_images(model, images, reading=Reading(options.reading))
+    check_truth(truth, maps.logits.shape[1])
     scales = ClusterScales.of(maps)
     strength = scales.strength(maps.maps)
     chosen = choose_distinct(
@@ -105,7 +103,7 @@ def find_shortcuts(
     layers, clusters = (np.array(numbers) for numbers in zip(*chosen, strict=True))
     strength = strength[:, layers, clusters]
     grid = strength.shape[2:]
-    coverage = truth.coverage(patch_of_grid(model, images, grid[0]), grid)
+    coverage = truth.coverage(patch_of_grid(model, images, grid), grid)
     parts = [truth.part_names.index(part) for part in truth.object_parts]
     free = coverage[:, parts].sum(axis=1) <= FREE
     found = []
@@ -113,6 +111,8 @@ def find_shortcuts(
         of_class = np.flatnonzero(labels == label)
         outside = _share_outside(strength[of_class], coverage[of_class][:, parts].sum(axis=1))
         candidates = np.flatnonzero(outside >= options.outside)
+        if not candidates.size:
+            continue
         some = of_class[: options.images_per_class]
         removed = regions(strength[some][:, candidates], np.full(len(candidates), STRONG)) & free[some][:, None]
         classes = np.full(len(some), int(label))
@@ -132,6 +132,20 @@ def find_shortcuts(
                 )
             )
     return sorted(found, key=lambda shortcut: -shortcut.net_drop)
+
+
+def check_truth(truth: PartImages, classes: int | None = None) -> None:
+    """Raise ValueError unless shortcuts of a model with so many classes can be looked for in these images."""
+    labels = truth.images.labels
+    if labels.min() < 0 or not set(truth.object_parts) & set(truth.part_names):
+        raise ValueError(
+            "Shortcuts are looked for in images whose classes and object are known; these lack one of them."
+        )
+    if classes is not None and labels.max() >= classes:
+        raise ValueError(
+            f"The images have labels up to {labels.max()}, and the model {classes} classes: these are not the classes "
+            "it was trained on, so there are no shortcuts to look for."
+        )
 
 
 def _share_outside(

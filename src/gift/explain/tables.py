@@ -50,11 +50,11 @@ def shortcut_table(shortcuts: Sequence[Shortcut], class_names: Sequence[str], co
         "|---" * 7 + "|",
     ]
     for one in shortcuts[:count]:
-        part = max(one.lifts, key=lambda name: one.lifts[name])
+        part = max(one.lifts, key=lambda name: one.lifts[name], default="")
         name = class_names[one.label] if class_names else str(one.label)
         lines.append(
             f"| {one.ref} | {name} | {one.net_drop:.2f} | {one.low:.2f} | {100 * one.outside:.0f} % | "
-            f"{100 * one.region:.0f} % | {part}, {one.lifts[part]:.1f} times |"
+            f"{100 * one.region:.0f} % | {f'{part}, {one.lifts[part]:.1f} times' if part else ''} |"
         )
     return "\n".join(lines)
 

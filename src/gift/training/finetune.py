@@ -101,6 +101,8 @@ def finetune(
 
     set_seed(options.seed)
     model: PeftModel = get_peft_model(backbone, config)  # type: ignore[assignment]
+    if options.diversity:
+        cluster_overlap(model)  # raises if there are no clusters
     saver = _CheckpointSaver(checkpoints, options)
     trainer = _Trainer(
         model,
