@@ -30,9 +30,9 @@ class Family:
         prefix_tokens: Non-patch tokens that stand first in the sequence, as numbers and paths whose sum counts. None
             where the tokens are not a grid of image patches: text, or a masked autoencoder.
         patch_grid: Path to the patch size (one number or a pair), or to a method from (height, width) to the grid.
-        hierarchical: True if the grid halves from stage to stage, attention sees one window of it at a time, and an
-            image that is no whole number of patches is padded (other families cut it). Its stages are called `layers.N`
-            and its blocks hold `window_size` and `shift_size`.
+        hierarchical: True if the grid halves from stage to stage (`layers.N`), attention sees one window of it at a
+            time (blocks hold `window_size` and `shift_size`), and an image that is no whole number of patches is padded
+            (other families cut it).
         pads_before_shift: True if a grid that is no whole number of windows is padded before it is shifted.
         fused_qkv: Suffix of the layer that yields query, key and value as three equal contiguous parts.
         reads_qkv_in: Class of the attention that may use the weight of that layer without calling the layer.
