@@ -27,7 +27,8 @@ def watched(layers: Mapping[str, nn.Module], watch: Callable[[str, Tensor], None
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation, and each of its modules back into the mode it was in."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    if any(modes.values()):  # else what an adapter keeps from one forward to the next would be dropped in vain
+        model.eval()
     try:
         yield
     finally:

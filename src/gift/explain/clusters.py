@@ -7,6 +7,7 @@ tokens, f C has one map per cluster (GIFT, arXiv 2312.00700, first version: clus
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -116,6 +117,11 @@ class ClusterMaps:
         return loaded
 
 
+@cache
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}  # read from files, which takes milliseconds
+
+
 def _write(writer: MapsWriter, maps: ClusterMaps) -> None:
     kept_apart = ("maps", "assignments", "predictions", "logits", "image_sizes")
     writer.finish(
@@ -178,7 +184,7 @@ def explain_images(
             reading=plan.reading.kind,
             adapted=plan.reading.adapted,
             block=block,
-            versions={package: version(package) for package in PACKAGES},
+            versions=dict(_versions()),
         )
         if writer is not None:
             _write(writer, found)
