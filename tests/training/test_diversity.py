@@ -194,13 +194,13 @@ def test_a_run_without_diversity_is_the_run_there_was_before(tmp_path, monkeypat
     def never(model):
         raise AssertionError
 
-    monkeypatch.setattr("gift.training.finetune.cluster_overlap", never)
+    monkeypatch.setattr("gift.training.loop.cluster_overlap", never)
     again = run(tmp_path / "zero", epochs=1, diversity=0)
     assert all(torch.equal(one, stored(again)[name]) for name, one in stored(plain).items())
 
 
 def test_the_loss_of_training_holds_the_weighted_term_and_that_of_evaluation_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("gift.training.finetune.cluster_overlap", lambda model: torch.tensor(3.0))
+    monkeypatch.setattr("gift.training.loop.cluster_overlap", lambda model: torch.tensor(3.0))
     losses = []
     for diversity in (0, 0.5):
         result = run(tmp_path / str(diversity), epochs=1, diversity=diversity, evaluate_every_epoch=True)

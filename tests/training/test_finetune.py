@@ -14,7 +14,9 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, V
 
 from gift import GiftConfig
 from gift.training.arguments import FinetuneOptions
-from gift.training.finetune import _CheckpointSaver, _make_optimizer, _with_head, finetune
+from gift.training.finetune import _with_head, finetune
+from gift.training.loop import make_optimizer
+from gift.training.saver import CheckpointSaver
 from tests.models import make_images
 from tests.training import killed_run
 from tests.training.killed_run import Stripes, make_backbone, train
@@ -83,7 +85,7 @@ def test_a_timm_backbone_can_be_trained_and_its_checkpoint_continued(tmp_path, m
 
     for name, adapter in {"gift": GiftConfig(**GIFT), "probe": None}.items():
         run(tmp_path / f"{name} whole", adapter)
-        interrupt(monkeypatch, _CheckpointSaver, "on_epoch_end", at=1)
+        interrupt(monkeypatch, CheckpointSaver, "on_epoch_end", at=1)
         with pytest.raises(Killed):
             run(tmp_path / name, adapter)
         assert (tmp_path / name / "checkpoints" / "checkpoint-4" / "complete.json").exists()
@@ -130,7 +132,7 @@ def test_the_result_does_not_depend_on_what_ran_before_or_how_often_it_is_saved(
 def test_head_and_adapter_have_their_own_learning_rates_and_vectors_no_decay():
     model = get_peft_model(make_backbone(), _with_head(make_backbone(), GiftConfig(**GIFT)))
     chosen = options("unused", learning_rate=0.1, head_learning_rate=0.2, weight_decay=0.3)
-    groups = _make_optimizer(model, chosen).param_groups
+    groups = make_optimizer(model, chosen).param_groups
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     expected = {
         id(p): (0.2 if "classifier" in name else 0.1, 0.3 if p.ndim > 1 else 0.0)
@@ -160,7 +162,7 @@ def test_a_complete_run_is_not_repeated(complete, monkeypatch):
 
 
 def test_a_run_of_other_options_is_refused_until_it_may_be_deleted(tmp_path, monkeypatch):
-    interrupt(monkeypatch, _CheckpointSaver, "on_epoch_end", at=1)
+    interrupt(monkeypatch, CheckpointSaver, "on_epoch_end", at=1)
     with pytest.raises(Killed):
         train(tmp_path)
     with pytest.raises(ValueError, match=r"options\.learning_rate was 0\.01, now 0\.5\. Choose another output_dir"):

@@ -1,0 +1,177 @@
+"""The Trainer of a run: its arguments and its optimizer, the loss, and what stops it."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+from gift.backbones import classification_heads
+from gift.training.arguments import FinetuneOptions, check
+from gift.training.averaging import MovingAverage
+from gift.training.diversity import cluster_overlap
+
+HEAD = ".modules_to_save."  # in the names of parameters of a PeftModel that are trained in full
+
+
+class TrainingDivergedError(ValueError):
+    """The loss, or what is trained, is not finite any more."""
+
+
+class AdapterTrainer(Trainer):
+    """Trainer that mixes images and adds terms to the loss while training, evaluates averages, and stops at NaN.
+
+    Attributes:
+        mix: Changes a batch of images and labels into mixed ones and label distributions, or None.
+        terms: Further terms of the loss while training: weight and function of the model.
+        average: The moving average that is evaluated, or None.
+    """
+
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    terms: tuple[tuple[float | int, Callable[[nn.Module], Tensor]], ...] = ()
+    average: MovingAverage | None = None
+
+    def set_up(self, model: nn.Module, options: FinetuneOptions, average: MovingAverage | None) -> None:
+        """Take over what the options ask for beyond Trainer's own."""
+        self.average = average
+        self.terms = ((options.diversity, cluster_overlap),) if options.diversity else ()
+        if options.diversity:
+            cluster_overlap(model)  # raises if there are no clusters
+        classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+        mixing = [kind(alpha=alpha, num_classes=classes) for kind, alpha in _mixing(options)]
+        self.mix = RandomChoice(mixing) if mixing else None
+        if mixing or options.label_smoothing:
+            self.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: _soft_loss(
+                outputs.logits, labels, num_items_in_batch, options.label_smoothing if model.training else 0
+            )
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss, of mixed images and with further terms while training."""
+        if self.mix is not None and model.training:
+            inputs["pixel_values"], inputs["labels"] = self.mix(inputs["pixel_values"], inputs["labels"])
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            # Trainer divides by the parts of a batch unless the loss was divided by the images of all of them.
+            parts = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            for weight, term in self.terms:
+                loss = loss + weight * term(model) / parts
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        """Return the loss of one step (or of one part of a batch) once it is known to be finite."""
+        loss = super().training_step(*arguments, **named)
+        if not torch.isfinite(loss).all():
+            raise TrainingDivergedError(self._diverged(f"The loss is {loss.mean().item()}"))
+        return loss
+
+    def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
+        """Return what Trainer measures, of the moving average if there is one."""
+        with nullcontext() if self.average is None else self.average.instead():
+            return super().evaluate(*arguments, **named)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        wrong = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]  # type: ignore[union-attr]
+        if wrong:
+            raise TrainingDivergedError(self._diverged(f"{wrong[0]} (and {len(wrong) - 1} more) is not finite"))
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written into {self.args.output_dir}: "
+                f"{error}. Is the disk full? The run goes on from the checkpoint before when it is started again."
+            ) from error
+
+    def _diverged(self, what: str) -> str:
+        complete = sorted(Path(self.args.output_dir or "").glob("checkpoint-*/complete.json"))
+        kept = f"the last good checkpoint is {complete[-1].parent}" if complete else "there is no checkpoint yet"
+        return (
+            f"{what} at step {self.state.global_step + 1} (epoch {self.state.epoch or 0:.2f} of "
+            f"{self.args.num_train_epochs:g}), so training was stopped; {kept}. Lower learning_rate, or train in "
+            "float32, in another output_dir."
+        )
+
+
+def _mixing(options: FinetuneOptions) -> list[tuple[Any, float | int]]:
+    return [(kind, alpha) for kind, alpha in ((MixUp, options.mixup), (CutMix, options.cutmix)) if alpha]
+
+
+def _soft_loss(logits: Tensor, labels: Tensor, images: Any, smoothing: float | int) -> Tensor:
+    """Return the cross-entropy with labels or label distributions: the mean, or the share of a batch of `images`."""
+    if images is None:
+        return cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+    return cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum") / images
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Return what the names of the head's trained parameters begin with, for a model that is trained as a whole."""
+    return tuple(f"{head}." for head in classification_heads(model))
+
+
+def is_of_head(name: str, heads: tuple[str, ...]) -> bool:
+    """Return whether a parameter is of the head, or of what else is trained in full beside an adapter."""
+    return HEAD in name or name.startswith(heads)
+
+
+def make_optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
+    """Return the optimizer: the head has its own rate, and only matrices have weight decay."""
+    head_rate = options.learning_rate if options.head_learning_rate is None else options.head_learning_rate
+    heads = head_names(model)
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = head_rate if is_of_head(name, heads) else options.learning_rate
+            groups.setdefault((rate, options.weight_decay * (parameter.ndim > 1)), []).append(parameter)
+    settings = [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    return torch.optim.SGD(settings, momentum=0.9) if options.optimizer == "sgd" else torch.optim.AdamW(settings)
+
+
+def training_arguments(folder: Path, options: FinetuneOptions) -> TrainingArguments:
+    """Return what Trainer is told, for a run in this folder."""
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        bf16=options.precision == "bf16",
+        fp16=options.precision == "fp16",
+        lr_scheduler_type=options.schedule,
+        warmup_steps=options.warmup_ratio,  # below 1 it is a share
+        seed=options.seed,
+        data_seed=options.seed,
+        dataloader_num_workers=options.workers,
+        dataloader_persistent_workers=options.workers > 0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.accelerator.is_available(),  # or processes without accelerators would not find each other
+        eval_strategy="epoch" if options.evaluates_every_epoch else "no",
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # `CheckpointSaver` says when
+        label_names=["labels"],  # Trainer cannot see through PeftModel what the backbone takes
+        remove_unused_columns=False,
+        disable_tqdm=not options.progress,
+        report_to="tensorboard" if options.tensorboard else "none",
+    )
+    parts = arguments.world_size * options.accumulation
+    check(
+        options.batch_size % parts == 0,
+        f"batch_size is that of all processes and parts together, and {options.batch_size} cannot be divided among "
+        f"{parts} ({arguments.world_size} processes, accumulation {options.accumulation}).",
+    )
+    arguments.per_device_train_batch_size = options.batch_size // parts
+    return arguments
+
+
+def accuracy(predicted: EvalPrediction) -> dict[str, float]:
+    """Return the share of images whose class was predicted."""
+    return {"accuracy": float(np.mean(predicted.predictions == predicted.label_ids))}
