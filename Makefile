@@ -1,4 +1,4 @@
-# Needs make, Python 3.11 or newer, pip and venv; everything else is installed into .venv from requirements.txt.
+# Needs make, Python 3.11.4 or newer, pip and venv; everything else is installed into .venv from requirements.txt.
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 
@@ -10,8 +10,10 @@ INSTALLED := $(VENV)/installed
 # Apart from the others, since whatever imports PEFT or transformers imports these where they are installed.
 QUANTISED := $(VENV)/quantised
 
-# The models of the tests are tiny: starting threads costs more than they save.
+# The models of the tests are tiny: starting threads costs more than they save. Files are shared among processes instead.
 export OMP_NUM_THREADS ?= 1
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -27,10 +29,10 @@ demo: $(INSTALLED)  ## fine-tune a small ViT in a few minutes and draw cluster m
 	$(BIN)/gift demo --out gift-demo
 
 test: $(INSTALLED)  ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED) $(QUANTISED)  ## run every test, then those of quantised backbones
-	$(BIN)/python -m pytest --ignore tests/tuner/test_quantised.py
+	$(PYTEST) --ignore tests/tuner/test_quantised.py
 	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/tuner/test_quantised.py
 
 lint: $(INSTALLED)  ## check style and format
@@ -65,7 +67,7 @@ $(QUANTISED): requirements-quantised.txt | $(INSTALLED)
 	@touch $@
 
 $(UV):
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, and this is " + sys.version.split()[0] + \
-		": name another, as in make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11.4 or newer is needed, and this is " + sys.version.split()[0] + \
+		": name another, as in make setup PYTHON=python3.12" if sys.version_info < (3, 11, 4) else 0)'
 	@$(PYTHON) -m venv $(VENV)/uv-$(UV_VERSION)
 	@$(VENV)/uv-$(UV_VERSION)/bin/python -m pip install --quiet uv==$(UV_VERSION)
