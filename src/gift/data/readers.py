@@ -11,10 +11,10 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
 from jaxtyping import Float, Int, Shaped
-from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
+from gift.data.decoding import open_upright
 from gift.data.images import LabelledImages
 
 Encoded = tuple[str, Path | io.BytesIO, int]  # what to call an image in messages, its file, its class
@@ -82,25 +82,6 @@ def _overlaps(
     ticks = (first + np.arange(image_size_px + 1)) * (side_px / resized)
     overlaps = np.minimum(ticks[1:, None], edges[1:]) - np.maximum(ticks[:-1, None], edges[:-1])
     return np.maximum(overlaps, 0) * (resized / side_px)
-
-
-def open_upright(name: str, file: Path | io.BytesIO) -> Image.Image:
-    """Return an image in its own mode, turned upright as its EXIF data say.
-
-    Args:
-        name: What to call it in messages.
-        file: Its file.
-
-    Raises:
-        ValueError: If it is damaged or has more than 8 bits a channel.
-    """
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{name} has more than 8 bits a channel ({image.mode}): convert it to 8 bits.")
-            return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} cannot be decoded: {error}") from error
 
 
 def _list_folder(path: Path) -> tuple[tuple[str, ...], Iterable[Encoded]]:
