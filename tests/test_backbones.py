@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gift.backbones import (
-    FAMILIES,
     classification_heads,
     default_targets,
     find_family,
@@ -390,8 +389,3 @@ def test_the_second_third_of_a_fused_layer_is_the_key():
     gpt2_keys = gpt2(torch.arange(5)[None], use_cache=True).past_key_values.layers[0].keys
     for keys, output in zip((vit_keys, gpt2_keys), fused, strict=True):
         torch.testing.assert_close(keys.transpose(1, 2).flatten(2), output.chunk(3, dim=-1)[1])
-
-
-def test_no_name_model_type_or_class_stands_in_two_rows():
-    values = [value for family in FAMILIES for value in (family.name, *family.model_types, *family.timm_classes)]
-    assert len(values) == len(set(values))

@@ -1,12 +1,13 @@
 """GIFT: fine-tune Transformers with residuals generated from their own frozen weights, and see what was learned.
 
-Importing this package makes GIFT known to PEFT, so import it before `PeftModel.from_pretrained`.
+Importing this package makes GIFT and its baselines known to PEFT, so import it before `PeftModel.from_pretrained`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gift.backbones import SMALL_BACKBONE
+from gift.baselines import BASELINES
 from gift.tuner.config import GiftConfig
 from gift.tuner.layer import GiftLinear
 from gift.tuner.model import GiftModel
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from gift.training.finetune import finetune
 
 register()
+for _method in BASELINES:
+    register(_method)
 
 __all__ = [
     "SMALL_BACKBONE",

@@ -1,7 +1,7 @@
-"""What we know of each Transformer family, as data: one row of `FAMILIES` per family.
+"""Questions about a model that the facts of its Transformer family answer.
 
-For a new family, add a row and a line to the tables in `tests/test_backbones.py`. Nothing else in the package may
-depend on which family a model belongs to. Layer names follow timm 1.0 and transformers 5.
+For a new family, add a row to `gift.families.FAMILIES` and a line to the tables in `tests/test_backbones.py`. Nothing
+else in the package may depend on which family a model belongs to.
 """
 
 from collections.abc import Iterator
@@ -9,239 +9,16 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from gift.families import FAMILIES, Family
+
 # A small ViT that comes with the package, for `AutoModelForImageClassification.from_pretrained`; see its README.md.
 SMALL_BACKBONE = Path(__file__).parent / "assets" / "vit_64px_patch8_d128_l8"
 
-
-@dataclass(frozen=True)
-class Family:
-    """The facts about one Transformer family; dotted paths start at the family's own module.
-
-    Attributes:
-        name: What to call the family in messages.
-        targets: Name suffixes of the final projection of every self-attention, in PEFT's `target_modules` form.
-        model_types: `config.model_type` of its transformers models.
-        timm_classes: Names of its classes in `timm.models`; subclasses count too.
-        head: Paths a classification head may have; a model holds some of them or none.
-        prefix_tokens: Non-patch tokens that stand first in the sequence, as numbers and paths whose sum counts. None
-            where the tokens are not a grid of image patches: text, or a masked autoencoder.
-        patch_grid: Path to the patch size (one number or a pair), or to a method from (height, width) to the grid.
-        hierarchical: True if the grid halves from stage to stage (`layers.N`), attention sees one window of it at a
-            time (blocks hold `window_size` and `shift_size`), and an image that is no whole number of patches is padded
-            (other families cut it).
-        pads_before_shift: True if a grid that is no whole number of windows is padded before it is shifted.
-        fused_qkv: Suffix of the layer that yields query, key and value as three equal contiguous parts.
-        reads_qkv_in: Class of the attention that may use the weight of that layer without calling the layer.
-    """
-
-    name: str
-    targets: tuple[str, ...]
-    model_types: tuple[str, ...] = ()
-    timm_classes: tuple[str, ...] = ()
-    head: tuple[str, ...] = ()
-    prefix_tokens: tuple[int | str, ...] | None = None
-    patch_grid: str | None = None
-    hierarchical: bool = False
-    pads_before_shift: bool = False
-    fused_qkv: str | None = None
-    reads_qkv_in: str | None = None
-
-
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        name="timm ViT, DeiT, DeiT-3, DINOv2, CLIP, SigLIP",
-        timm_classes=("VisionTransformer", "VisionTransformerRelPos"),
-        # `attn_out_proj` is the projection in blocks that run attention and MLP side by side (`vit_*_xp_*`).
-        targets=("attn.proj", "attn_out_proj"),
-        head=("head",),
-        prefix_tokens=("num_prefix_tokens",),
-        patch_grid="patch_embed.dynamic_feat_size",
-        fused_qkv="attn.qkv",
-    ),
-    Family(
-        name="timm distilled DeiT",
-        timm_classes=("VisionTransformerDistilled",),
-        targets=("attn.proj",),
-        head=("head", "head_dist"),
-        prefix_tokens=("num_prefix_tokens",),
-        patch_grid="patch_embed.dynamic_feat_size",
-        fused_qkv="attn.qkv",
-    ),
-    Family(
-        name="timm EVA-02, DINOv3",
-        timm_classes=("Eva",),
-        targets=("attn.proj",),
-        head=("head",),
-        prefix_tokens=("num_prefix_tokens",),
-        patch_grid="patch_embed.dynamic_feat_size",
-        fused_qkv="attn.qkv",
-        reads_qkv_in="timm.models.eva.EvaAttention",
-    ),
-    Family(
-        name="timm BEiT",
-        timm_classes=("Beit",),
-        targets=("attn.proj",),
-        head=("head",),
-        prefix_tokens=("num_prefix_tokens",),
-        patch_grid="patch_embed.dynamic_feat_size",
-        fused_qkv="attn.qkv",
-        reads_qkv_in="timm.models.beit.Attention",
-    ),
-    Family(
-        name="timm Swin",
-        timm_classes=("SwinTransformer",),
-        targets=("attn.proj",),
-        head=("head.fc",),
-        prefix_tokens=(),
-        patch_grid="patch_embed.dynamic_feat_size",
-        hierarchical=True,
-        fused_qkv="attn.qkv",
-    ),
-    Family(
-        name="timm Swin v2",
-        timm_classes=("SwinTransformerV2",),
-        targets=("attn.proj",),
-        head=("head.fc",),
-        prefix_tokens=(),
-        patch_grid="patch_embed.dynamic_feat_size",
-        hierarchical=True,
-        fused_qkv="attn.qkv",
-        reads_qkv_in="timm.models.swin_transformer_v2.WindowAttention",
-    ),
-    Family(
-        name="ViT, BEiT, DINOv2",
-        model_types=("vit", "vit_msn", "beit", "dinov2"),
-        targets=("attention.o_proj",),
-        head=("classifier",),
-        prefix_tokens=(1,),
-        patch_grid="config.patch_size",
-    ),
-    Family(
-        name="DeiT",
-        model_types=("deit",),
-        targets=("attention.o_proj",),
-        head=("classifier", "cls_classifier", "distillation_classifier"),
-        prefix_tokens=(2,),
-        patch_grid="config.patch_size",
-    ),
-    Family(
-        name="DINOv2 with registers, DINOv3",
-        model_types=("dinov2_with_registers", "dinov3_vit"),
-        targets=("attention.o_proj",),
-        head=("classifier",),
-        prefix_tokens=(1, "config.num_register_tokens"),
-        patch_grid="config.patch_size",
-    ),
-    Family(
-        name="I-JEPA",
-        model_types=("ijepa",),
-        targets=("attention.o_proj",),
-        head=("classifier",),
-        prefix_tokens=(),
-        patch_grid="config.patch_size",
-    ),
-    # The encoder drops a random part of the patches, so its tokens are no grid.
-    Family(name="ViT-MAE", model_types=("vit_mae",), targets=("attention.o_proj",)),
-    Family(
-        name="Swin",
-        model_types=("swin",),
-        targets=("attention.o_proj",),
-        head=("classifier",),
-        prefix_tokens=(),
-        patch_grid="config.patch_size",
-        hierarchical=True,
-        pads_before_shift=True,
-    ),
-    Family(
-        name="Swin v2",
-        model_types=("swinv2",),
-        targets=("attention.output.dense",),
-        head=("classifier",),
-        prefix_tokens=(),
-        patch_grid="config.patch_size",
-        hierarchical=True,
-        pads_before_shift=True,
-    ),
-    # CLIP and SigLIP hold a text and a vision tower: the tokens and the grid are those of the vision tower.
-    Family(
-        name="CLIP",
-        model_types=("clip",),
-        targets=("self_attn.out_proj",),
-        head=("classifier",),
-        prefix_tokens=(1,),
-        patch_grid="config.vision_config.patch_size",
-    ),
-    Family(
-        name="SigLIP",
-        model_types=("siglip",),
-        targets=("self_attn.out_proj",),
-        head=("classifier",),
-        prefix_tokens=(),
-        patch_grid="config.vision_config.patch_size",
-    ),
-    Family(
-        name="CLIP vision tower",
-        model_types=("clip_vision_model",),
-        targets=("self_attn.out_proj",),
-        prefix_tokens=(1,),
-        patch_grid="config.patch_size",
-    ),
-    Family(
-        name="SigLIP vision tower",
-        model_types=("siglip_vision_model",),
-        targets=("self_attn.out_proj",),
-        prefix_tokens=(),
-        patch_grid="config.patch_size",
-    ),
-    Family(
-        name="CLIP or SigLIP text tower",
-        model_types=("clip_text_model", "siglip_text_model"),
-        targets=("self_attn.out_proj",),
-    ),
-    Family(
-        name="BERT, RoBERTa, ELECTRA",
-        model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra"),
-        targets=("attention.output.dense",),
-        head=("classifier", "qa_outputs"),
-    ),
-    Family(
-        name="DeBERTa v2, v3",
-        model_types=("deberta-v2",),
-        targets=("attention.output.dense",),
-        # The pooler belongs to the classifier, not to the encoder: pretrained weights have none.
-        head=("pooler", "classifier", "qa_outputs"),
-    ),
-    Family(
-        name="DistilBERT",
-        model_types=("distilbert",),
-        targets=("attention.out_lin",),
-        head=("pre_classifier", "classifier", "qa_outputs"),
-    ),
-    Family(
-        name="LLaMA, Mistral, Qwen, Gemma, Phi-3, OLMo 2",
-        model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2"),
-        targets=("self_attn.o_proj",),
-        head=("score", "qa_outputs"),
-    ),
-    Family(
-        name="GPT-2",
-        model_types=("gpt2",),
-        targets=("attn.c_proj",),
-        head=("score", "classifier", "qa_outputs"),
-        fused_qkv="attn.c_attn",
-    ),
-    # `query_key_value` is not listed as fused: its rows go head by head, not in three contiguous parts.
-    Family(
-        name="GPT-NeoX",
-        model_types=("gpt_neox",),
-        targets=("attention.dense",),
-        head=("score", "classifier", "qa_outputs"),
-    ),
-)
 
 _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 _BY_TIMM_CLASS = {timm_class: family for family in FAMILIES for timm_class in family.timm_classes}
@@ -333,6 +110,62 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
     source = attrgetter(str(family.patch_grid))(backbone)
     size = backbone.patch_embed.patch_size if isinstance(source, MethodType) else source  # type: ignore[union-attr]
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class PlainViT:
+    """The parts of the one plain ViT in a model: full dotted names, and how its tokens look.
+
+    Attributes:
+        family: Name of its family.
+        encoder: Name of the module that holds the blocks; "" if that is the model.
+        blocks: Names of the blocks, in order.
+        values: Names of the layers that yield the values, one per block.
+        norm: Name of the norm behind the last block.
+        is_fused: Whether the values are the last third of what those layers yield.
+        width: Channels of a token.
+    """
+
+    family: str
+    encoder: str
+    blocks: tuple[str, ...]
+    values: tuple[str, ...]
+    norm: str
+    is_fused: bool
+    width: int
+
+
+def plain_vit(model: nn.Module) -> PlainViT:
+    """Return where the blocks of the plain ViT in `model` are: one that takes any number of tokens at any place.
+
+    Raises:
+        ValueError: If the model does not hold exactly one known backbone, or one of another kind.
+    """
+    found = list(_outermost_backbones(model))
+    if len(found) != 1 or found[0][1].plain is None:
+        works = "; ".join(family.name for family in FAMILIES if family.plain is not None)
+        holds = ", ".join(family.name for _, family in found) or "no known backbone"
+        raise ValueError(
+            f"{type(model).__name__} holds {holds}. This method changes the tokens of exactly one plain ViT, whose "
+            f"attention does not depend on places or windows; it works with these families: {works}."
+        )
+    name, family = found[0]
+    plain = family.plain
+    assert plain is not None
+    backbone = model.get_submodule(name)
+    encoder: Any = getattr(backbone, "base_model", backbone)  # transformers: the model without its head
+    if encoder is not backbone:
+        name = _join(name, backbone.base_model_prefix)  # type: ignore[arg-type]
+    blocks = [_join(name, f"{plain.blocks}.{index}") for index in range(len(attrgetter(plain.blocks)(encoder)))]
+    return PlainViT(
+        family=family.name,
+        encoder=name,
+        blocks=tuple(blocks),
+        values=tuple(f"{block}.{plain.value}" for block in blocks),
+        norm=_join(name, plain.norm),
+        is_fused=plain.value == family.fused_qkv,
+        width=int(attrgetter(plain.width)(encoder)),
+    )
 
 
 def reads_weight_directly(parent: nn.Module, child_name: str) -> bool:
