@@ -1,10 +1,13 @@
-"""A stored adapter back on its backbone, and what that takes images as."""
+"""A stored adapter, or a whole fine-tuned model, back in memory: its classes, and what it takes images as.
+
+Beside the weights lies `classifier.json`, which `gift train` writes: classes, geometry of the images, backbone, method.
+Without it (another program's adapter) classes have numbers, and the backbone says how it takes images.
+"""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,32 +16,62 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from gift.backbones import SMALL_BACKBONE
+from gift.backbones import FAMILIES
+from gift.data.geometry import Geometry
+from gift.pretrained import load_backbone, quiet_loading, read_geometry
 from gift.tuner.saving import GENERATORS_KEY
+
+CLASSIFIER = "classifier.json"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What a fine-tuned model is beside its weights.
+
+    Attributes:
+        backbone: Name of the pretrained model.
+        method: What it was fine-tuned with.
+        class_names: Names of the classes, in the order of the logits.
+        geometry: How images become its input.
+    """
+
+    backbone: str
+    method: str
+    class_names: tuple[str, ...]
+    geometry: Geometry
+
+    def write(self, folder: Path) -> None:
+        """Write it beside the weights."""
+        (folder / CLASSIFIER).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """A model with its adapter, in evaluation, and how images become its input.
+    """A model with its adapter, or one that was fine-tuned as a whole, in evaluation; and how images become its input.
 
     Attributes:
-        model: The backbone with the adapter.
-        image_size_px: Side of the square images that the backbone takes.
-        mean: Of every channel, of pixels from 0 to 1.
-        std: Of every channel.
+        model: The backbone with the adapter, or the whole model.
+        classifier: Its classes and the geometry of its images.
+        folder: Where it was loaded from.
     """
 
-    model: PeftModel
-    image_size_px: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    model: PeftModel | PreTrainedModel
+    classifier: Classifier
+    folder: Path
+
+    @property
+    def image_size_px(self) -> int:
+        """Side of the square images that the backbone takes."""
+        return self.classifier.geometry.size_px
 
     @property
     def normalise(self) -> Callable[[UInt8[np.ndarray, "batch height width 3"]], Tensor]:
         """A function from pixels to what the model takes, (batch, 3, height, width)."""
-        return lambda pixels: normalised(pixels, self.mean, self.std)
+        geometry = self.classifier.geometry
+        return lambda pixels: normalised(pixels, geometry.mean, geometry.std)
 
 
 def normalised(
@@ -53,46 +86,107 @@ def load_adapter(folder: Path | str, backbone: str | None = None) -> LoadedAdapt
     """Return the adapter of a folder on its backbone, which must be one for image classification.
 
     Args:
-        folder: As `save_pretrained` leaves it.
-        backbone: Name or folder of the backbone for transformers; by default what the adapter says it was trained on.
+        folder: As `save_pretrained` or `gift train` leaves it: the adapter, the whole model, or the run that holds it.
+        backbone: Name or folder of the backbone; by default what the adapter says it was trained on.
 
     Raises:
         ValueError: If the folder holds no adapter with a classification head, or the backbone is not there.
     """
-    folder = Path(folder)
+    folder = find_adapter(Path(folder))
+    known = read_classifier(folder)
+    if not (folder / "adapter_config.json").exists():
+        return LoadedAdapter(_whole_model(folder), known or _guessed(folder, str(folder), "full"), folder)
+    name = backbone or (known.backbone if known else _backbone_of(folder))
+    known = known or _guessed(folder, name, "adapter")
+    heads = _head_sizes(folder)
+    if not heads:
+        raise ValueError(f"{folder} holds an adapter without a head: train it with one, which is the default.")
+    if len(known.class_names) not in heads:
+        raise ValueError(f"{folder} has a head for {heads} classes, and {CLASSIFIER} names {len(known.class_names)}.")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        model = load_backbone(name, known.class_names)
+    except ValueError as error:
+        raise ValueError(f"The backbone of {folder} cannot be loaded. {error}") from error
+    with quiet_loading():
+        return LoadedAdapter(PeftModel.from_pretrained(model, str(folder)).eval(), known, folder)
+
+
+def find_adapter(folder: Path) -> Path:
+    """Return the folder of the weights: this one, or that inside a run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for found in (folder, folder / "adapter", folder / "model"):
+        weights = SAFETENSORS_WEIGHTS_NAME if (found / "adapter_config.json").exists() else SAFE_WEIGHTS_NAME
+        if (found / weights).exists():
+            return found
+    raise ValueError(
+        f"{folder} holds no adapter that can be read: name the folder of a run of `gift train`, or one with "
+        f"adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}."
+    )
+
+
+def read_classifier(folder: Path) -> Classifier | None:
+    """Return what `classifier.json` says, or None if there is no such file.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    path = folder / CLASSIFIER
+    if not path.exists():
+        return None
+    try:
+        stored = json.loads(path.read_text())
+        pairs = {name: tuple(stored["geometry"][name]) for name in ("mean", "std")}
+        geometry = Geometry(**(stored["geometry"] | pairs))
+        return Classifier(stored["backbone"], stored["method"], tuple(stored["class_names"]), geometry)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}. Take it from a copy of the run.") from error
+
+
+def _guessed(folder: Path, name: str, method: str) -> Classifier:
+    """Return what can be said without `classifier.json`: classes by number, geometry as the backbone says."""
+    if method == "full":
+        labels = json.loads((folder / "config.json").read_text()).get("id2label") or {}
+        names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+    else:
+        sizes = sorted(set(_head_sizes(folder)))
+        if len(sizes) != 1:
+            raise ValueError(
+                f"{folder} must hold an adapter with one classification head, got heads of {sizes} classes."
+            )
+        names = tuple(str(number) for number in range(sizes[0]))
+    try:
+        return Classifier(name, method, names, read_geometry(name))
+    except OSError as error:
+        raise ValueError(f"The backbone {name} of {folder} cannot be loaded: {error}. Name another.") from error
+
+
+def _head_sizes(folder: Path) -> list[int]:
+    """Return the number of classes of every head of an adapter: what is stored under the head's own name."""
+    try:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="np") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no adapter that can be read: {error}.") from error
-    heads = [shape[0] for name, shape in shapes.items() if not name.startswith(GENERATORS_KEY) and len(shape) == 2]
-    if len(set(heads)) != 1:
-        raise ValueError(f"{folder} must hold an adapter with one classification head, got heads of {heads} classes.")
-    name = backbone or _backbone_of(folder, config)
+    heads = tuple(f".{head}.weight" for family in FAMILIES for head in family.head)
+    return [s[0] for name, s in shapes.items() if name.endswith(heads) and not name.startswith(GENERATORS_KEY)]
+
+
+def _backbone_of(folder: Path) -> str:
     try:
-        model = AutoModelForImageClassification.from_pretrained(name, num_labels=heads[0], ignore_mismatched_sizes=True)
-        processor: Any = AutoImageProcessor.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"The backbone {name} of {folder} cannot be loaded: {error}. Name another.") from error
-    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-    return LoadedAdapter(adapted, *_preprocessing(processor))
-
-
-def _backbone_of(folder: Path, config: dict[str, Any]) -> str:
-    name = config.get("base_model_name_or_path")
+        name = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no adapter that can be read: {error}.") from error
     if not name:
         raise ValueError(f"{folder} does not say which backbone it belongs to: name it.")
-    # A folder of another machine; the small backbone comes with the package.
-    is_shipped = not Path(name).exists() and Path(name).name == SMALL_BACKBONE.name
-    return str(SMALL_BACKBONE) if is_shipped else name
+    return name
 
 
-def _preprocessing(processor: Any) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Return side of the images in pixels, mean and standard deviation, as a processor of timm or transformers says."""
-    if hasattr(processor, "data_config"):
-        data = processor.data_config
-        return data["input_size"][-1], tuple(data["mean"]), tuple(data["std"])
-    size = getattr(processor, "crop_size", None) or processor.size
-    side = size.get("height") or size.get("shortest_edge")
-    return int(side), tuple(processor.image_mean), tuple(processor.image_std)
+def _whole_model(folder: Path) -> PreTrainedModel:
+    try:
+        with quiet_loading():
+            return AutoModelForImageClassification.from_pretrained(str(folder)).eval()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no model that can be read: {error}.") from error

@@ -1,12 +1,153 @@
 """The command `gift`: every command parses, calls one function of the library, and prints."""
 
+import difflib
+import logging
+import os
+import re
 import sys
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
+from safetensors import SafetensorError
 
-from gift.checkpoints import convert_checkpoint
+# What commands import takes seconds, which other commands need not wait: hence the imports inside.
+
+
+def train(options: Any) -> None:
+    """Fine-tune on one's own images, e.g. `gift train --data flowers --method gift --output_dir runs/flowers`.
+
+    Killed and started again with the same options, it goes on. Recipes: `--config recipes/fgvc/gift.yaml`.
+    """
+    from gift.training.report import describe_training  # noqa: PLC0415
+    from gift.training.train import train as run  # noqa: PLC0415
+
+    result = run(options)
+    if int(os.environ.get("RANK", "0")) == 0:  # under torchrun one process speaks
+        print(describe_training(options, result))
+
+
+def methods() -> None:
+    """List what `--method` can be, e.g. `gift methods`."""
+    from gift.baselines.methods import METHODS  # noqa: PLC0415
+
+    for name, description in METHODS.items():
+        print(f"{name:<14}{description}")
+
+
+def evaluate(
+    adapter: Path,
+    data: str | None = None,
+    split: str | None = None,
+    backbone: str | None = None,
+    root: Path = Path("data"),
+    out: Path | None = None,
+) -> None:
+    """Measure a fine-tuned model on labelled images, e.g. `gift evaluate runs/flowers --data other-flowers`.
+
+    Accuracy with its 95 % interval, top-5, every class, the likeliest confusions, calibration.
+
+    Args:
+        adapter: Folder of a run, an adapter or a model.
+        data: Labelled images in any form that `gift train` takes; by default those of the run.
+        split: `test`, `validation` or `train`; by default the first of these that there is.
+        backbone: Name or folder of the backbone; by default what the adapter says.
+        root: Folder where torchvision's sets are.
+        out: File for all figures, as JSON.
+    """
+    from gift.evaluation import describe_evaluation, evaluate_adapter  # noqa: PLC0415
+
+    name, evaluation = evaluate_adapter(adapter, data, split, backbone, root)
+    if out is not None:
+        evaluation.write(out)
+    print(describe_evaluation(name, evaluation))
+
+
+def predict(
+    adapter: Path, images: str, out: Path = Path("predictions.csv"), top: int = 1, backbone: str | None = None
+) -> None:
+    """Write the predicted class of every image into a CSV, e.g. `gift predict runs/flowers holiday-photos`.
+
+    Args:
+        adapter: Folder of a run, an adapter or a model.
+        images: An image, or a folder of images, with what its folders hold.
+        out: The CSV: image, then class and probability as often as `top` says, then why an image was not read.
+        top: How many of the likeliest classes.
+        backbone: Name or folder of the backbone; by default what the adapter says.
+    """
+    from gift.evaluation import predict_images, write_predictions  # noqa: PLC0415
+
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the work is done
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name the file to write.")
+    predictions = predict_images(adapter, Path(images), top, backbone)
+    write_predictions(predictions, top, out)
+    unread = sum(prediction.problem is not None for prediction in predictions)
+    print(f"Wrote {out}: {len(predictions) - unread} images, {unread} that could not be read.")
+
+
+def merge(adapter: Path, out: Path, format: str = "transformers", backbone: str | None = None) -> None:
+    """Write the model without adapter, e.g. `gift merge runs/flowers merged --format onnx`.
+
+    Args:
+        adapter: Folder of a run, an adapter or a model.
+        out: Folder to write; must not exist or be empty.
+        format: `transformers`, `timm` or `onnx`.
+        backbone: Name or folder of the backbone; by default what the adapter says.
+    """
+    from gift.merging import merge as merge_adapter  # noqa: PLC0415
+
+    difference = merge_adapter(adapter, out, format, backbone)
+    print(f"Wrote {out} for {format}; loaded there, its logits differ by {difference:.1e} at most.")
+
+
+def info(adapter: Path) -> None:
+    """Say what an adapter is, e.g. `gift info runs/flowers`.
+
+    Args:
+        adapter: Folder of a run, an adapter or a model.
+    """
+    from gift.description import describe_adapter  # noqa: PLC0415
+
+    print(describe_adapter(adapter))
+
+
+def check(data: str, validation: str | None = None, test: str | None = None, root: Path = Path("data")) -> None:
+    """Look for what is wrong with labelled images, e.g. `gift data check flowers`; exit code 1 if something is.
+
+    Damaged images, empty classes, the same or nearly the same image twice or in two splits, gaps in labels, sizes.
+
+    Args:
+        data: Labelled images in any form that `gift train` takes.
+        validation: Other data to validate on.
+        test: Other data to test on.
+        root: Folder where torchvision's sets are.
+    """
+    from gift.data.check import check_data, describe  # noqa: PLC0415
+    from gift.data.splits import SplitOptions  # noqa: PLC0415
+
+    report = check_data(data, SplitOptions(validation=validation, test=test, root=root))
+    print(describe(report))
+    if report.findings:
+        raise SystemExit(1)
+
+
+def prepare(task: str, out: Path, source: Path | None = None, count: int | None = None, seed: int = 0) -> None:
+    """Bring a benchmark task into the form to train on, e.g. `gift data prepare cub --from CUB --out fgvc/cub`."""
+    from gift.data.prepare import prepare_task  # noqa: PLC0415
+
+    print(f"Wrote {prepare_task(task, source, out, count, seed)}.")
+
+
+def tasks() -> None:
+    """List the benchmark tasks that are known, e.g. `gift data tasks`."""
+    from gift.data.catalog import TASKS  # noqa: PLC0415
+
+    for task in TASKS.values():
+        sizes = f"{task.classes:>5} classes {task.train + task.validation:>8,} + {task.test:>6,} images"
+        print(f"{task.name:<22}{task.suite:<10}{sizes}  {task.source}")
 
 
 def convert(checkpoint: Path, out: Path) -> None:
@@ -18,6 +159,8 @@ def convert(checkpoint: Path, out: Path) -> None:
         checkpoint: The authors' file, a pickle; nothing in it is executed.
         out: Folder to write; must not exist or be empty.
     """
+    from gift.checkpoints import convert_checkpoint  # noqa: PLC0415
+
     config = convert_checkpoint(checkpoint, out)
     targets = ", ".join(sorted(config.target_modules or ()))
     print(f"Wrote {out}: {config.generator} generator of rank {config.r} for {targets}.")
@@ -33,7 +176,7 @@ def demo(out: Path = Path("gift-demo"), seed: int = 0) -> None:
         out: Folder for the adapters, the picture and the figures; a complete demo in it is replaced.
         seed: Of new heads, adapters and the order of the images; the same seed gives the same figures.
     """
-    from gift.demo import describe, run_demo  # noqa: PLC0415 - it takes seconds, which other commands need not wait
+    from gift.demo import describe, run_demo  # noqa: PLC0415
 
     print(describe(run_demo(out, seed, report=print), seed, command=sys.argv[0]))
 
@@ -62,21 +205,94 @@ def score(
         out: File for all figures, as JSON.
         shortcuts: Whether to list clusters outside the object whose removal moves a logit; the data need labels.
     """
-    from gift.explain.command import score_adapter  # noqa: PLC0415 - it takes seconds, which other commands need not wait
+    from gift.explain.command import score_adapter  # noqa: PLC0415
 
     print(score_adapter(adapter, data, count, seed, backbone, out, shortcuts))
 
 
-COMMANDS: dict[str, Any] = {"convert": convert, "demo": demo, "score": score}
+Command = Callable[..., None]
+COMMANDS: dict[str, Command] = {
+    **{"train": train, "evaluate": evaluate, "predict": predict, "merge": merge, "info": info, "methods": methods},
+    **{"data check": check, "data prepare": prepare, "data tasks": tasks},
+    **{"convert": convert, "demo": demo, "score": score},
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; an error ends it with one line and exit code 2, Ctrl-C with exit code 130."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("gift").setLevel(logging.INFO)
+    # PEFT 0.21.2 reads this of every model of transformers, which has renamed it.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
-        auto_cli(COMMANDS, args=arguments, prog="gift", as_positional=True)
-    except (ValueError, OSError) as error:
+        name, given = parse(list(sys.argv[1:] if arguments is None else arguments))
+        COMMANDS[name](**given)
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"gift: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        print("gift: stopped", file=sys.stderr)
+        print("gift: stopped. A training goes on when the same command is given again.", file=sys.stderr)
         raise SystemExit(130) from error
+
+
+def parse(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """Return the name of a command and what it is called with; a wrong word ends the program with exit code 2."""
+    name, words = _choose(words)
+    parser = _Parser(prog=f"gift {name}", description=_described(COMMANDS[name]))
+    return name, _add_arguments(parser, COMMANDS[name])(words)
+
+
+class _Parser(ArgumentParser):
+    """A parser that says in one line what it does not know, and what is near."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = {name for action in self._actions for name in (*action.option_strings, action.dest)}
+        unknown = re.findall(r"(?:Option|Key) '([\w.]+)' is not|unrecognized arguments: (--[\w.]+)", str(message))
+        near = [match for found in unknown for match in difflib.get_close_matches("".join(found), known, 1)]
+        hint = f" Did you mean {near[0]}?" if near else ""
+        said = " ".join(str(message).split()).rstrip(".")
+        print(f"gift: {said}.{hint} `{self.prog} --help` lists the options.", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _choose(words: list[str]) -> tuple[str, list[str]]:
+    """Return the name of the command and the words after it; without one, list the commands and end."""
+    for length in (2, 1):
+        if (name := " ".join(words[:length])) in COMMANDS:
+            return name, words[length:]
+    if not words or words in (["-h"], ["--help"], ["help"], ["data"], ["data", "--help"]):
+        lines = [f"  gift {name:<14}{_described(command).splitlines()[0]}" for name, command in COMMANDS.items()]
+        print("\n".join(["Fine-tune vision Transformers and see what they learned.", "", *lines]))
+        raise SystemExit(0)
+    wanted = " ".join(words[: 2 if words[0] == "data" else 1])
+    near = difflib.get_close_matches(wanted, COMMANDS, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    print(f"gift: there is no command {wanted}.{hint} `gift --help` lists the commands.", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _described(command: Command) -> str:
+    """Return what the docstring says before its arguments."""
+    return (command.__doc__ or "").partition("Args:")[0].strip()
+
+
+def _add_arguments(parser: ArgumentParser, command: Command) -> Callable[[list[str]], dict[str, Any]]:
+    """Add the arguments of a command; return what makes words into what it is called with."""
+    if command is train:
+        from gift.training.options import TrainOptions, add_train_arguments  # noqa: PLC0415
+
+        add_train_arguments(parser)
+        return lambda words: {"options": TrainOptions(**_values(parser, words, leave={"config"}))}
+    if command is prepare:  # `from` is no name in Python
+        parser.add_argument("task", help="Its name in `gift data tasks`.")
+        parser.add_argument(
+            "--from", type=Path | None, help="Folder of archives or TFDS exports; none for drawn tasks."
+        )
+        parser.add_argument("--out", type=Path, required=True, help="Folder to write; must not exist.")
+        return lambda words: {{"from": "source"}.get(key, key): value for key, value in _values(parser, words).items()}
+    parser.add_function_arguments(command, as_positional=True, as_group=False)
+    return lambda words: _values(parser, words)
+
+
+def _values(parser: ArgumentParser, words: list[str], leave: Iterable[str] = ()) -> dict[str, Any]:
+    return {key: value for key, value in parser.parse_args(words).as_dict().items() if key not in leave}

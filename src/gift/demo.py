@@ -5,7 +5,6 @@ Every run leaves its own folder (see `gift.training.finetune`), the demo a pictu
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +18,6 @@ from jaxtyping import Float
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
-from transformers.utils import logging
 
 from gift.backbones import SMALL_BACKBONE, default_targets
 from gift.data.images import LabelledImages, NormalisedImages
@@ -28,6 +26,7 @@ from gift.data.rendered import PARTS, RenderedFlower
 from gift.explain.clusters import ClusterMaps, explain_images
 from gift.explain.render import Sheet, draw_sheets
 from gift.explain.scores import choose_distinct, class_separation, part_agreement
+from gift.pretrained import quiet_loading
 from gift.training.arguments import FinetuneOptions, FinetuneResult
 from gift.training.finetune import finetune
 from gift.tuner.config import GiftConfig
@@ -146,7 +145,7 @@ def run_demo(out: Path, seed: int = 0, report: Callable[[str], None] | None = No
     """
     _prepare(out, seed)
     rows, sheets, parts = [], [], []
-    with _threads(THREADS), _quiet_loading():
+    with _threads(THREADS), quiet_loading():
         for task in (digits_task(), flowers_task()):
             for method in METHODS:
                 options = demo_options(task, method, seed, out / task.name / method.folder, report is not None)
@@ -290,7 +289,7 @@ def explain(task: Task, result: FinetuneResult) -> tuple[Sheet, list[str]]:
     return sheet, words
 
 
-def _maps(task: Task, model: PeftModel) -> tuple[ClusterMaps, ClusterMaps]:
+def _maps(task: Task, model: torch.nn.Module) -> tuple[ClusterMaps, ClusterMaps]:
     """Return what the clusters respond to more than others, in training and in test images."""
     images = (_items(images).pixel_values for images in (task.train[:IMAGES_TO_CHOOSE_ON], task.test))
     train, test = (explain_images(model, pixels, reading="own") for pixels in images)
@@ -353,22 +352,6 @@ def _items(images: LabelledImages) -> NormalisedImages:
 def _logits(model: torch.nn.Module, images: Tensor) -> Tensor:
     device = next(model.parameters()).device
     return torch.cat([model(pixel_values=batch.to(device)).logits for batch in images.split(128)])
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Say nothing of heads that are new, as they should be, and of what PEFT reads from transformers."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from gift import GiftConfig
+from gift.baselines.toast import ToastConfig
 from gift.explain.saliency import attention_rollout, grad_cam
 from tests.models import make_adapted_vit, make_images, make_vit, perturb
 
@@ -373,3 +374,9 @@ def test_layers_and_classes_that_have_no_map_are_refused(names, classes, message
 def test_a_model_without_logits_has_no_grad_cam():
     with pytest.raises(ValueError, match="gives logits; got BaseModelOutputWithPooling"):
         grad_cam(make_transformers_vit().vit.float(), make_images(), ["layers.0"])
+
+
+@pytest.mark.parametrize("explain", [attention_rollout, lambda model, images: grad_cam(model, images, ["blocks.1"])])
+def test_a_model_that_runs_its_backbone_twice_has_no_map(explain):
+    with pytest.raises(ValueError, match="TOAST runs the backbone twice"):
+        explain(get_peft_model(make_vit(), ToastConfig()), make_images())

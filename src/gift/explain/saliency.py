@@ -16,6 +16,7 @@ from pytorch_grad_cam.grad_cam import GradCAM
 from torch import Tensor, nn
 
 from gift.backbones import default_targets, find_family, patch_grid, prefix_tokens
+from gift.baselines.toast import ToastModel
 from gift.explain.capture import evaluating
 
 IMAGES_PER_PASS = 32
@@ -129,6 +130,8 @@ def _class_map(cam: GradCAM, images: Images) -> Float[np.ndarray, "batch rows co
 
 def _find_patches(model: nn.Module, images: Images) -> tuple[nn.Module, int, tuple[int, int]]:
     """Return the backbone, the number of its prefix tokens and its grid of patches, the same in all blocks."""
+    if any(isinstance(module, ToastModel) for module in model.modules()):
+        raise ValueError("TOAST runs the backbone twice, and a map would mix both passes: explain another model.")
     found = find_family(model)
     if found is not None and found[1].hierarchical:
         raise ValueError(

@@ -1,6 +1,7 @@
 """What a training run is given and what it returns; `gift.training.finetune.finetune` is the run itself."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,19 @@ class FinetuneOptions:
     def evaluates_every_epoch(self) -> bool:
         """Whether every epoch ends with an evaluation, asked for or needed."""
         return self.evaluate_every_epoch or self.select_best or self.patience is not None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What belongs to a run beside its backbone, adapter, images and options.
+
+    Attributes:
+        about: What else decides the result, by name: a run is continued only if all of it is the same.
+        write_beside: Writes further files into the folder of the adapter, before it counts as complete.
+    """
+
+    about: Mapping[str, Any] = field(default_factory=dict)
+    write_beside: Callable[[Path], None] = lambda folder: None
 
 
 @dataclass(frozen=True)

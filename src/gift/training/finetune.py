@@ -6,7 +6,9 @@
 import copy
 import hashlib
 import json
+import re
 import resource
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +26,21 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gift.backbones import classification_heads
-from gift.training.arguments import FREE_OPTIONS, LATER_OPTIONS, FinetuneOptions, FinetuneResult, check
+from gift.baselines.toast import ToastConfig
+from gift.pretrained import quiet_loading
+from gift.training.arguments import FREE_OPTIONS, LATER_OPTIONS, FinetuneOptions, FinetuneResult, Surroundings, check
 from gift.training.averaging import AVERAGE, MovingAverage
 from gift.training.folder import delete_unneeded, prepare_once, write, write_folder
 from gift.training.items import CheckedItems, Items
-from gift.training.loop import AdapterTrainer, accuracy, head_names, is_of_head, make_optimizer, training_arguments
+from gift.training.loop import (
+    AdapterTrainer,
+    accuracy,
+    check_terms,
+    head_names,
+    is_of_head,
+    make_optimizer,
+    training_arguments,
+)
 from gift.training.saver import CheckpointSaver
 
 PACKAGES = ("gift-peft", "torch", "transformers", "peft", "accelerate", "timm")
@@ -42,6 +54,7 @@ def finetune(
     train: Items,
     evaluation: Items | None,
     options: FinetuneOptions,
+    surroundings: Surroundings | None = None,
 ) -> FinetuneResult:
     """Train an adapter and return it, or continue a run that was killed, or return one that is already complete.
 
@@ -60,6 +73,7 @@ def finetune(
             `{"pixel_values": float tensor (channels, rows, columns), "labels": int}`, such as a list of them.
         evaluation: Images to measure accuracy on, or None.
         options: How to train, and in which folder.
+        surroundings: What else decides the result, and is stored beside it.
 
     Returns:
         The model in eval mode, on the device it was trained on; what `metrics.json` holds; the folder of the adapter.
@@ -74,7 +88,7 @@ def finetune(
     """
     folder = Path(options.output_dir)
     checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.json"
-    config = _with_head(backbone, config)
+    config = _with_reconstruction(_with_head(backbone, config), options)
     result_dir = folder / ("model" if config == "full" else "adapter")
     classes = int(backbone.config.num_labels or 0)
     train_items = CheckedItems("train", train, classes)
@@ -82,13 +96,15 @@ def finetune(
     chooses = options.select_best or options.patience is not None
     check(evaluation_items or not chooses, "select_best and patience need evaluation images to choose by.")
 
+    surroundings = surroundings or Surroundings()
     arguments = training_arguments(folder, options)
-    prepare_once(folder, _describe_run(backbone, config, train_items, evaluation_items, options), options)
-    if metrics_file.exists():
+    run = _describe_run(backbone, config, train_items, evaluation_items, options) | _as_json(surroundings.about)
+    if options.resume and metrics_file.exists():
+        prepare_once(folder, run, options)
         return FinetuneResult(_load(backbone, result_dir), json.loads(metrics_file.read_text()), result_dir)
 
-    set_seed(options.seed)
-    model = backbone.requires_grad_(True) if config == "full" else get_peft_model(backbone, config)
+    model = _make_model(backbone, config, options)
+    prepare_once(folder, run, options)  # only now: what cannot be trained deletes nothing
     saver = CheckpointSaver(checkpoints, options)
     average = MovingAverage(model, options.ema, saver.latest) if options.ema else None
     trainer = AdapterTrainer(
@@ -117,11 +133,28 @@ def finetune(
     metrics = _describe_result(model, scores, saver, trainer.state.log_history, options)
     with arguments.main_process_first(local=False):
         if arguments.process_index == 0:
-            write_folder(result_dir, lambda partial: model.eval().save_pretrained(str(partial)))
+            write_folder(result_dir, lambda partial: _save(model.eval(), partial, surroundings))
             write(folder / "log.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in trainer.state.log_history))
             write(metrics_file, json.dumps(metrics, indent=2))
             delete_unneeded(checkpoints, options)
     return FinetuneResult(model.eval(), metrics, result_dir)
+
+
+def _make_model(backbone: PreTrainedModel, config: PeftConfig | Full, options: FinetuneOptions) -> Any:
+    """Return what is trained, made from the seed."""
+    set_seed(options.seed)
+    try:
+        model = backbone.requires_grad_(True) if config == "full" else get_peft_model(backbone, config)
+    except TypeError as error:  # PEFT does not check the types of its options
+        raise ValueError(f"The options of the adapter do not fit: {error}.") from error
+    check_terms(model, options)
+    return model
+
+
+def _save(model: Any, folder: Path, surroundings: Surroundings) -> None:
+    with quiet_loading():
+        model.save_pretrained(str(folder))
+    surroundings.write_beside(folder)
 
 
 def _with_head(backbone: nn.Module, config: PeftConfig | Full | None) -> PeftConfig | Full:
@@ -142,12 +175,20 @@ def _with_head(backbone: nn.Module, config: PeftConfig | Full | None) -> PeftCon
     return config
 
 
+def _with_reconstruction(config: PeftConfig | Full, options: FinetuneOptions) -> PeftConfig | Full:
+    """Let TOAST keep what the reconstruction term needs, where it is asked for."""
+    if options.reconstruction:
+        check(isinstance(config, ToastConfig), "reconstruction is a term of TOAST's feedback path: train with TOAST.")
+        config.reconstruct = True  # type: ignore[union-attr]
+    return config
+
+
 def _tensorboard(folder: Path, options: FinetuneOptions) -> list[TensorBoardCallback]:
     if not options.tensorboard:
         return []
-    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - takes a second, and few ask for it
-
-    return [TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))]
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(folder / "tensorboard")
+    return [callback]
 
 
 def _load(backbone: PreTrainedModel, result_dir: Path) -> PeftModel | PreTrainedModel:
@@ -191,7 +232,12 @@ def _describe_run(
         if not name.startswith(heads):
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     described["frozen weights"] = digest.hexdigest()
-    return json.loads(json.dumps(described, default=lambda it: sorted(it) if isinstance(it, set) else str(it)))
+    return _as_json(described)
+
+
+def _as_json(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description as JSON gives it back."""
+    return json.loads(json.dumps(dict(described), default=lambda it: sorted(it) if isinstance(it, set) else str(it)))
 
 
 def _describe_result(
@@ -231,4 +277,7 @@ def _peak_memory_mb() -> int:
     """Return the most memory that was in use: of the accelerator, or else of this process since it began."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)  # Linux counts in KiB
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; what getrusage says there begins with the memory of the program that started this one
+        return round(int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e6)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # macOS counts in bytes

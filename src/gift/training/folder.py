@@ -22,7 +22,9 @@ from accelerate.utils import broadcast_object_list
 from gift.training.arguments import FinetuneOptions, check
 
 COMPLETE = "complete.json"  # in a checkpoint
-RESULTS = ("adapter", "model")
+RESULTS = ("adapter", "model", "tensorboard")
+# What `gift train` adds to them.
+FILES = ("config.yaml", "evaluation.json", "run_of.json", "curves.png", "log.jsonl")
 
 
 def prepare_once(folder: Path, run: dict[str, Any], options: FinetuneOptions) -> None:
@@ -66,8 +68,10 @@ def _resumable(checkpoints: Path) -> list[Path]:
 def _delete_run(folder: Path) -> None:
     (folder / "metrics.json").unlink(missing_ok=True)  # first: what is half deleted must not look complete
     delete_checkpoints(folder / "checkpoints", [])
-    for name in (*RESULTS, "tensorboard"):
+    for name in RESULTS:
         shutil.rmtree(folder / name, ignore_errors=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _check_own(folder: Path) -> None:
@@ -86,7 +90,7 @@ def _check_same_run(run_file: Path, run: dict[str, Any]) -> None:
     check(
         not names,
         f"{run_file.parent} holds a run of other options: {differences}. "
-        "Choose another output_dir, or delete that run with resume=False.",
+        "Choose another output_dir, or delete that run with resume=False (--resume false).",
     )
 
 
@@ -98,7 +102,10 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return what a complete checkpoint says of the run: seconds so far, the best epoch, whether it stopped early."""
-    return {"best": None, "stopped": False} | json.loads((checkpoint / COMPLETE).read_text())
+    try:
+        return {"best": None, "stopped": False} | json.loads((checkpoint / COMPLETE).read_text())
+    except ValueError as error:
+        raise ValueError(f"{checkpoint / COMPLETE} is damaged: {error}. Delete {checkpoint} to train anew.") from error
 
 
 def delete_checkpoints(folder: Path, kept: list[Path]) -> None:
@@ -112,7 +119,8 @@ def delete_unneeded(checkpoints: Path, options: FinetuneOptions) -> None:
     """Delete all checkpoints of a complete run, unless they are to be kept."""
     if checkpoints.exists() and not options.keep_checkpoints:
         delete_checkpoints(checkpoints, [])
-        checkpoints.rmdir()
+        if not any(checkpoints.iterdir()):
+            checkpoints.rmdir()
 
 
 def write(path: Path, text: str) -> None:

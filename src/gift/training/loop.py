@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from gift.backbones import classification_heads
+from gift.baselines.toast import feedback_reconstruction
 from gift.training.arguments import FinetuneOptions, check
 from gift.training.averaging import MovingAverage
 from gift.training.diversity import cluster_overlap
@@ -41,9 +42,8 @@ class AdapterTrainer(Trainer):
     def set_up(self, model: nn.Module, options: FinetuneOptions, average: MovingAverage | None) -> None:
         """Take over what the options ask for beyond Trainer's own."""
         self.average = average
-        self.terms = ((options.diversity, cluster_overlap),) if options.diversity else ()
-        if options.diversity:
-            cluster_overlap(model)  # raises if there are no clusters
+        terms = ((options.diversity, cluster_overlap), (options.reconstruction, feedback_reconstruction))
+        self.terms = tuple(term for term in terms if term[0])
         classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
         mixing = [kind(alpha=alpha, num_classes=classes) for kind, alpha in _mixing(options)]
         self.mix = RandomChoice(mixing) if mixing else None
@@ -100,6 +100,12 @@ class AdapterTrainer(Trainer):
         )
 
 
+def check_terms(model: nn.Module, options: FinetuneOptions) -> None:
+    """Raise ValueError if a term of the loss is asked for that this model has not."""
+    if options.diversity:
+        cluster_overlap(model)
+
+
 def _mixing(options: FinetuneOptions) -> list[tuple[Any, float | int]]:
     return [(kind, alpha) for kind, alpha in ((MixUp, options.mixup), (CutMix, options.cutmix)) if alpha]
 
@@ -149,7 +155,6 @@ def training_arguments(folder: Path, options: FinetuneOptions) -> TrainingArgume
         seed=options.seed,
         data_seed=options.seed,
         dataloader_num_workers=options.workers,
-        dataloader_persistent_workers=options.workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         use_cpu=not torch.accelerator.is_available(),  # or processes without accelerators would not find each other
@@ -160,7 +165,7 @@ def training_arguments(folder: Path, options: FinetuneOptions) -> TrainingArgume
         label_names=["labels"],  # Trainer cannot see through PeftModel what the backbone takes
         remove_unused_columns=False,
         disable_tqdm=not options.progress,
-        report_to="tensorboard" if options.tensorboard else "none",
+        report_to="none",  # `finetune` adds TensorBoard, in its own folder
     )
     parts = arguments.world_size * options.accumulation
     check(
