@@ -32,7 +32,8 @@ test: $(INSTALLED)  ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED) $(QUANTISED)  ## run every test, then those of quantised backbones
-	$(PYTEST) --ignore tests/tuner/test_quantised.py
+	$(PYTEST) -m "not slow" --ignore tests/tuner/test_quantised.py
+	$(BIN)/python -m pytest -m slow --ignore tests/tuner/test_quantised.py
 	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/tuner/test_quantised.py
 
 lint: $(INSTALLED)  ## check style and format

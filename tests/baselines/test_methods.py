@@ -84,7 +84,6 @@ def test_methods_that_cannot_work_on_images_are_refused_with_the_reason(name):
     ("name", "options", "message"),
     [
         ("lroa", {}, "There is no method 'lroa'. Did you mean 'lora'? Methods: gift, linear-probe, full, bitfit, lora"),
-        ("VPT-deep", {}, "Did you mean 'vpt-deep'?"),
         ("zzzz", {}, "There is no method 'zzzz'. Methods: gift"),
         ("vpt-deep", {"num_prompt": 3}, "vpt-deep has no option 'num_prompt'. Did you mean 'num_prompts'?"),
         ("vpt-deep", {"num_prompt": 3}, "Its options: modules_to_save, num_prompts."),
