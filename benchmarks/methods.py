@@ -112,13 +112,13 @@ def train_by_command(row: Row, data: str, folder: Path, rates: tuple[float, floa
     }
 
 
-def measure(runs: Path, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(chosen: dict[str, Row], runs: Path, rounds: int) -> dict[str, dict[str, Any]]:
     """Return milliseconds per image of a training step, and of a prediction, merged where it can be, in turn."""
     images = torch.randn(BATCH, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(BATCH) % 2
     steps: dict[str, Callable[[], float]] = {}
     predictions: dict[str, Callable[[], float]] = {}
-    for name, row in rows(runs).items():
+    for name, row in chosen.items():
         folder = runs / "train" / name / "0"
         steps[name] = _timed_step(folder, images, labels)
         predictions[name] = _timed_prediction(folder, row.merges, images)
@@ -188,7 +188,7 @@ def table(results: dict[str, Any], titles: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def main(
+def main(  # noqa: PLR0913, PLR0917 - its command line
     data: str,
     upstream: str,
     runs: Path,
@@ -197,6 +197,7 @@ def main(
     seeds: tuple[int, ...] = (0,),
     rounds: int = 15,
     write_docs: Path | None = None,
+    methods: tuple[str, ...] | None = None,
 ) -> None:
     """Pre-train, search, train and time.
 
@@ -209,13 +210,15 @@ def main(
         seeds: Of the final runs.
         rounds: Of the timing.
         write_docs: Document whose table is written anew.
+        methods: Which rows; by default all.
     """
+    chosen = {name: row for name, row in rows(runs).items() if methods is None or name in methods}
     results: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"methods": {}}
     of_methods = results["methods"]
     if "upstream" in phases:
         results["upstream"] = pretrain_feedback(upstream, runs / "upstream")
     for phase in ("search", "train"):
-        for name, row in rows(runs).items() if phase in phases else ():
+        for name, row in chosen.items() if phase in phases else ():
             of_method = of_methods.setdefault(name, {})
             if phase == "search":
                 of_method["tries"] = search(name, row, data, runs)
@@ -230,7 +233,7 @@ def main(
                 print(f"{name}: {of_method['seeds']}", flush=True)
             write_json(out, results)
     if "time" in phases:
-        for name, times in measure(runs, rounds).items():
+        for name, times in measure(chosen, runs, rounds).items():
             of_methods[name]["times"] = times
         results["timed on"] = environment()
         write_json(out, results)

@@ -379,3 +379,26 @@ def test_workers_draw_the_same_crops_in_a_run_that_was_killed(pictures, backbone
     run(pictures, backbone, tmp_path / "killed", **options)
     weights = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("killed", "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_train_one_run(pictures, backbone, tmp_path):
+    """The same images per step as in one process: the same predictions but for rounding, written and told once."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    said, logits, losses = {}, {}, {}
+    for name, launcher in {"one": [], "two": torchrun}.items():
+        options = {"data": pictures, "model": backbone, "output_dir": tmp_path / name} | OPTIONS
+        options |= {"augment": "none", "train_on_validation": True, "epochs": 2}
+        words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+        words += ["--method_options.r=4", "--method_options.num_clusters=6"]
+        command = [sys.executable, *launcher, "-m", "gift", "train", *words]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
+        said[name] = finished.stdout.splitlines()
+        logits[name] = logits_of(load_adapter(tmp_path / name).model)
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        losses[name] = [entry["loss"] for entry in log if "loss" in entry]
+    assert torch.allclose(logits["one"], logits["two"], atol=1e-5)
+    assert losses["one"] == pytest.approx(losses["two"], abs=1e-5)
+    assert losses["two"][1] < losses["two"][0]
+    assert len(said["one"]) == len(said["two"]) > 1

@@ -79,7 +79,8 @@ def train(options: TrainOptions) -> TrainResult:
         if split is not None
     }
     classifier = Classifier(portable_name(options.model), options.method, splits.class_names, geometry)
-    surroundings = Surroundings(_about(options, splits, classifier), lambda folder: _write_beside(folder, classifier))
+    about = _about(options, splits, classifier)
+    surroundings = Surroundings(about, lambda folder: _write_beside(folder, classifier))
     told = _finetune_options(options)
     run = finetune(backbone, config, items["train"], items.get("validation"), told, surroundings)
     if not PartialState().is_main_process:  # under torchrun one process tests and writes
