@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from gift import demo
+from gift.adapters import load_adapter
 
 
 def shortened(task):
@@ -87,8 +88,8 @@ def test_agreement_is_reported_beside_what_it_was_before_training(tmp_path):
     task = small_flowers()
     untrained = demo.demo_options(task, demo.EXPLAINED, 3, tmp_path)
     untrained = dataclasses.replace(untrained, learning_rate=0.0, head_learning_rate=0.0)
-    sheet, words = demo.explain(task, demo.train(task, demo.EXPLAINED, untrained))
-    assert sheet.maps.shape[:2] == (demo.IMAGES_SHOWN, 4)
+    words = demo.compare_parts(task, demo.train(task, demo.EXPLAINED, untrained))
+    assert len(words) == 4
     for line in words:
         assert re.fullmatch(r"\w+: (L\d/C\d+), (-?\d\.\d\d) \(before training the best was \1, \2\)", line)
 
@@ -123,8 +124,9 @@ def test_the_demo_gives_the_same_figures_again_and_leaves_what_it_says(short, tm
         (task, method.name) for task in ("digits", "flowers") for method in demo.METHODS
     ]
     assert (first.adapter / "adapter_model.safetensors").exists()
-    with Image.open(first.picture) as picture:
+    with Image.open(tmp_path / "one" / "explained" / "overview.png") as picture:
         assert min(picture.size) > 500
+    assert load_adapter(first.adapter).classifier.class_names == small_flowers().train.class_names
     assert len(first.parts) == 4
     summary = json.loads((tmp_path / "one" / "demo.json").read_text())
     assert summary["rows"] == [dataclasses.asdict(row) for row in first.rows]
@@ -146,7 +148,7 @@ def test_a_demo_that_was_stopped_goes_on_and_another_seed_starts_anew(short, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(demo, "draw_sheets", stop)
+        patched.setattr(demo, "explain_pictures", stop)
         with pytest.raises(KeyboardInterrupt):
             demo.run_demo(tmp_path)
         first = written()
@@ -160,7 +162,7 @@ def test_a_demo_that_was_stopped_goes_on_and_another_seed_starts_anew(short, tmp
 
 def test_the_table_shows_every_row(tmp_path):
     row = demo.Row("digits", "LoRA r=8", 0.9352, 16384, 17674, 12.3, 1.2e-6)
-    text = demo.describe(demo.DemoResult([row], ["petals: L1/C2"], tmp_path / "maps.png", tmp_path / "adapter"), seed=3)
+    text = demo.describe(demo.DemoResult([row], ["petals: L1/C2"], tmp_path), seed=3)
     assert "| digits | LoRA r=8 | 93.5 % | 16,384 | 17,674 | 12 | 1.2e-06 |" in text
-    for part in ("Seed 3", "petals: L1/C2", str(tmp_path / "maps.png"), str(tmp_path / "adapter"), "--seed 4"):
+    for part in ("Seed 3", "petals: L1/C2", str(tmp_path / "explained" / "report.html"), "--seed 4"):
         assert part in text

@@ -210,11 +210,68 @@ def score(
     print(score_adapter(adapter, data, count, seed, backbone, out, shortcuts))
 
 
+def explain(
+    adapter: Path,
+    images: list[Path],
+    out: Path,
+    backbone: str | None = None,
+    count: int = 50,
+    colours: str = "viridis",
+    scores: Path | None = None,
+) -> None:
+    """Show what an adapter sees, e.g. `gift explain --adapter runs/flowers --images holiday-photos --out explained`.
+
+    Writes report.html, which opens from disk, and as PNG sheets of all layers and classes, overlays and label maps.
+
+    Args:
+        adapter: Folder of a run or an adapter of GIFT.
+        images: Pictures, or folders of them.
+        out: Folder to write; must not exist, be empty or hold an explanation, which is replaced.
+        backbone: Name or folder of the backbone; by default what the adapter says.
+        count: How many pictures at most; of more, some of every folder are taken.
+        colours: Of the sheets: `viridis`, `cividis`, or `jet` as in the paper. The report has all three.
+        scores: What `gift score --out` wrote of this adapter, to be shown in the report.
+    """
+    from gift.explain.explanation import describe_explanation, explain_pictures  # noqa: PLC0415
+    from gift.explain.render import Look  # noqa: PLC0415
+
+    look = Look(colours)
+    print(describe_explanation(explain_pictures(adapter, images, out, backbone, count, look, scores, report=print)))
+
+
+def explore(
+    adapter: Path,
+    images: list[Path],
+    compare: Path | None = None,
+    backbone: str | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    user: str | None = None,
+) -> None:
+    """Look through an adapter at pictures in the browser, e.g. `gift explore --adapter runs/flowers`.
+
+    Drop a picture, move through the layers, click clusters, name and combine them, scan a folder for one.
+
+    Args:
+        adapter: Folder of a run or an adapter of GIFT.
+        images: Folders of pictures to scale clusters by and to scan; by default those that the run was trained on.
+        compare: Folder of another adapter to look through at the same pictures.
+        backbone: Name or folder of the backbone; by default what the adapters say.
+        host: Address to listen on.
+        port: Port to listen on; by default the first free one from 7860 on.
+        user: Name to log in with; the password is in GIFT_EXPLORER_PASSWORD, or is asked for.
+    """
+    from gift.explain.exploring import open_explorer  # noqa: PLC0415
+    from gift.explorer import explore as serve  # noqa: PLC0415
+
+    serve(open_explorer(adapter, images, compare, backbone), host, port, user)
+
+
 Command = Callable[..., None]
 COMMANDS: dict[str, Command] = {
     **{"train": train, "evaluate": evaluate, "predict": predict, "merge": merge, "info": info, "methods": methods},
     **{"data check": check, "data prepare": prepare, "data tasks": tasks},
-    **{"convert": convert, "demo": demo, "score": score},
+    **{"explain": explain, "explore": explore, "score": score, "convert": convert, "demo": demo},
 }
 
 
@@ -290,6 +347,11 @@ def _add_arguments(parser: ArgumentParser, command: Command) -> Callable[[list[s
         )
         parser.add_argument("--out", type=Path, required=True, help="Folder to write; must not exist.")
         return lambda words: {{"from": "source"}.get(key, key): value for key, value in _values(parser, words).items()}
+    if command in (explain, explore):  # words after --images are a list
+        parser.add_function_arguments(command, as_group=False, skip={"images"})
+        options: dict[str, Any] = {"required": True} if command is explain else {"default": []}
+        parser.add_argument("--images", nargs="+", type=Path, help="Pictures, or folders of them.", **options)
+        return lambda words: _values(parser, words)
     parser.add_function_arguments(command, as_positional=True, as_group=False)
     return lambda words: _values(parser, words)
 

@@ -1,6 +1,7 @@
 """The demo: the backbone that ships learns two small tasks by several methods, and shows what its clusters respond to.
 
-Every run leaves its own folder (see `gift.training.finetune`), the demo a picture and `demo.json`.
+Every run leaves its own folder (see `gift.training.finetune`), the demo `demo.json`, pictures, and what `gift explain`
+makes of them.
 """
 
 import json
@@ -16,26 +17,29 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
 
+from gift.adapters import Classifier
 from gift.backbones import SMALL_BACKBONE, default_targets
+from gift.data.geometry import Geometry
 from gift.data.images import LabelledImages, NormalisedImages
 from gift.data.offline import draw_flowers, part_coverage, read_digits
 from gift.data.rendered import PARTS, RenderedFlower
 from gift.explain.clusters import ClusterMaps, explain_images
-from gift.explain.render import Sheet, draw_sheets
-from gift.explain.scores import choose_distinct, class_separation, part_agreement
-from gift.pretrained import quiet_loading
-from gift.training.arguments import FinetuneOptions, FinetuneResult
+from gift.explain.explanation import REPORT, explain_pictures
+from gift.explain.scores import part_agreement
+from gift.pretrained import SMALL, quiet_loading
+from gift.training.arguments import FinetuneOptions, FinetuneResult, Surroundings
 from gift.training.finetune import finetune
 from gift.tuner.config import GiftConfig
 
 IMAGE_SIZE_PX = 64
 THREADS = 2  # fixed, because the order of a sum and so its last digits depend on it
-IMAGES_TO_CHOOSE_ON, IMAGES_SHOWN, MAPS_SHOWN = 300, 5, 4
+IMAGES_TO_CHOOSE_ON, PICTURES_PER_CLASS = 300, 3
 PARTS_SHOWN = ("petals", "centre", "leaves", "background")
-RECORD, PICTURE = "demo.json", "cluster-maps.png"
+RECORD, PICTURES, EXPLANATION = "demo.json", "pictures", "explained"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +89,16 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The table; where each part of a flower shows best, in words; the picture; the folder of GIFT's digits adapter."""
+    """The table; where each part of a flower shows best, in words; the folder of the demo."""
 
     rows: list[Row]
     parts: list[str]
-    picture: Path
-    adapter: Path
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of GIFT's adapter for the flowers."""
+        return self.folder / "flowers" / EXPLAINED.folder / "adapter"
 
 
 def _lora(backbone: PreTrainedModel) -> PeftConfig:
@@ -130,7 +138,7 @@ def flowers_task() -> Task:
 
 
 def run_demo(out: Path, seed: int = 0, report: Callable[[str], None] | None = None) -> DemoResult:
-    """Train every method on both tasks, check and compare the adapters, draw the best cluster maps.
+    """Train every method on both tasks, check and compare the adapters, show what GIFT's clusters see in flowers.
 
     A demo that was stopped goes on if the seed is the same; one that is complete, or of another seed, is run anew.
 
@@ -144,7 +152,7 @@ def run_demo(out: Path, seed: int = 0, report: Callable[[str], None] | None = No
         RuntimeError: If a reloaded or merged adapter predicts anything else than the trained one.
     """
     _prepare(out, seed)
-    rows, sheets, parts = [], [], []
+    rows, parts = [], []
     with _threads(THREADS), quiet_loading():
         for task in (digits_task(), flowers_task()):
             for method in METHODS:
@@ -153,13 +161,12 @@ def run_demo(out: Path, seed: int = 0, report: Callable[[str], None] | None = No
                     report(f"{task.name}: {method.name}")
                 result = train(task, method, options)
                 rows.append(_row(task, method, result, check_adapter(task, result)))
-                if method is EXPLAINED:
-                    sheet, found = explain(task, result)
-                    sheets.append(sheet)
-                    parts.extend(found)
-    draw_sheets(sheets, out / PICTURE)
+                if method is EXPLAINED and task.drawn_test:
+                    parts = compare_parts(task, result)
+                    write_pictures(task.test, out / PICTURES)
+        explain_pictures(DemoResult(rows, parts, out).adapter, [out / PICTURES], out / EXPLANATION)
     _write(out, demo_description(seed) | {"rows": [asdict(row) for row in rows], "parts": parts})
-    return DemoResult(rows, parts, out / PICTURE, out / "digits" / EXPLAINED.folder / "adapter")
+    return DemoResult(rows, parts, out)
 
 
 def demo_description(seed: int) -> dict[str, Any]:
@@ -178,7 +185,8 @@ def _prepare(out: Path, seed: int) -> None:
     if record != demo_description(seed):
         for task, method in product(("digits", "flowers"), METHODS):
             shutil.rmtree(out / task / method.folder, ignore_errors=True)
-        (out / PICTURE).unlink(missing_ok=True)
+        for name in (PICTURES, EXPLANATION):
+            shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     _write(out, demo_description(seed))
 
@@ -213,10 +221,14 @@ def describe(result: DemoResult, seed: int, command: str = "gift") -> str:
             *("", *lines, ""),
             f"Seed {seed}. merging: largest difference of a test image's logits before and after merging the adapter.",
             "Every adapter was saved, reloaded and merged; all predictions stayed the same.",
-            *("", f"Cluster maps, chosen on training images and drawn for test images: {result.picture}"),
-            "Correlation of the clusters shown with the share of a patch that a part of a drawn flower covers:",
+            *(
+                "",
+                "The cluster that follows a part of the flowers best, chosen on training images; correlation of its",
+            ),
+            "map with the share of a patch that the part covers, on test images:",
             *(f"  {line}" for line in result.parts),
-            *("", f"GIFT's adapter for the digits: {result.adapter}", "", "Next:"),
+            *("", f"What the clusters see: open {result.folder / EXPLANATION / REPORT} in a browser.", "", "Next:"),
+            f"  {command} explore --adapter {result.adapter} --images {result.folder / PICTURES}    the same live",
             f"  {command} demo --seed {seed + 1} --out another-demo    how much depends on the seed",
             f"  {command} convert CHECKPOINT FOLDER        the original authors' weights as an adapter",
             f"  {command} --help",
@@ -242,7 +254,11 @@ def train(task: Task, method: Method, options: FinetuneOptions) -> FinetuneResul
     """Return the run of a method on a task, on a fresh backbone whose head is made from the seed."""
     backbone = _fresh_backbone(task, options.seed)
     train_items, test_items = _items(task.train), _items(task.test)
-    return finetune(backbone, method.config(backbone), train_items, test_items, options)
+    mean, std = _normalisation()
+    geometry = Geometry(IMAGE_SIZE_PX, mean, std, resize="squash", augment="none")
+    classifier = Classifier(SMALL, method.folder, task.train.class_names, geometry)
+    surroundings = Surroundings(write_beside=classifier.write)
+    return finetune(backbone, method.config(backbone), train_items, test_items, options, surroundings)
 
 
 def check_adapter(task: Task, result: FinetuneResult) -> float:
@@ -264,29 +280,21 @@ def check_adapter(task: Task, result: FinetuneResult) -> float:
     return float((after - before).abs().max())
 
 
-def explain(task: Task, result: FinetuneResult) -> tuple[Sheet, list[str]]:
-    """Return the sheet of the best cluster maps, and in words how well they agree with the parts of flowers.
+def compare_parts(task: Task, result: FinetuneResult) -> list[str]:
+    """Return in words how well the best cluster of each part of flowers agrees with it, before training and after.
 
-    The clusters are chosen on training images, the pictures and figures are of test images.
+    The clusters are chosen on training images, the figures are of test images.
     """
     chosen_on, seen = _maps(task, result.model)
-    if task.drawn_train:
-        clusters = _best_of_parts(task, chosen_on)
-        names, words = PARTS_SHOWN, _compare_with_start(task, clusters, seen, result.metrics["seed"])
-    else:
-        scores = class_separation(chosen_on.maps, task.train.labels[:IMAGES_TO_CHOOSE_ON])
-        clusters = choose_distinct(scores, chosen_on.maps, MAPS_SHOWN)
-        names, words = [""] * len(clusters), []
-    layers, columns = (list(indices) for indices in zip(*clusters, strict=True))
-    ranges = np.quantile(chosen_on.maps[:, layers, columns], (0.5, 0.98), axis=(0, 2, 3))
-    sheet = Sheet(
-        f"{task.name}: cluster maps of test images",
-        task.test.pixels[:IMAGES_SHOWN],
-        seen.maps[:IMAGES_SHOWN, layers, columns],
-        ranges.T,
-        tuple(f"{name}\n{_label(cluster)}" for name, cluster in zip(names, clusters, strict=True)),
-    )
-    return sheet, words
+    return _compare_with_start(task, _best_of_parts(task, chosen_on), seen, result.metrics["seed"])
+
+
+def write_pictures(images: LabelledImages, folder: Path) -> None:
+    """Write the first pictures of every class as PNG into folders of classes."""
+    for label, name in enumerate(images.class_names):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number, pixels in enumerate(images.pixels[images.labels == label][:PICTURES_PER_CLASS]):
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
 
 
 def _maps(task: Task, model: torch.nn.Module) -> tuple[ClusterMaps, ClusterMaps]:
@@ -344,8 +352,12 @@ def _fresh_backbone(task: Task, seed: int) -> PreTrainedModel:
 
 
 def _items(images: LabelledImages) -> NormalisedImages:
+    return NormalisedImages(images, *_normalisation())
+
+
+def _normalisation() -> tuple[tuple[float, ...], tuple[float, ...]]:
     data = AutoConfig.from_pretrained(SMALL_BACKBONE).pretrained_cfg
-    return NormalisedImages(images, data["mean"], data["std"])
+    return tuple(data["mean"]), tuple(data["std"])
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import yaml
-from PIL import Image
 from torch import Tensor
 
 from gift.adapters import Classifier, LoadedAdapter, load_adapter
 from gift.data.decoding import open_upright
 from gift.data.feeding import FeedingOptions, ImageItems
 from gift.data.geometry import Preparation
+from gift.data.pictures import picture_files
 from gift.data.splits import SplitOptions, Splits, read_splits
 from gift.training.metrics import Evaluation, evaluate_model
 from gift.training.train import digests
@@ -173,24 +173,12 @@ def predict_images(
         ValueError: If there are no images, or no classifier. An image that cannot be read is an entry like any other.
     """
     check_number("top", top, smallest=1, whole=True)
-    files = _image_files(images)
+    files = [file.path for file in picture_files([images])]
     loaded = load_adapter(adapter, backbone)
     predictions = []
     for start in range(0, len(files), batch_size):
         predictions += _predict(loaded, files[start : start + batch_size], images, top)
     return predictions
-
-
-def _image_files(images: Path) -> list[Path]:
-    if images.is_file():
-        return [images]
-    suffixes = set(Image.registered_extensions())
-    files = [path for path in images.rglob("*") if path.suffix.lower() in suffixes]
-    hidden = (".", "__MACOSX")
-    files = [path for path in files if not any(part.startswith(hidden) for part in path.relative_to(images).parts)]
-    if not files:
-        raise ValueError(f"{images} is neither an image nor a folder with images.")
-    return sorted(files)
 
 
 def _predict(loaded: LoadedAdapter, files: list[Path], root: Path, top: int) -> list[Prediction]:

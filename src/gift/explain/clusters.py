@@ -6,7 +6,7 @@ tokens, f C has one map per cluster (GIFT, arXiv 2312.00700, first version: clus
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -65,6 +65,15 @@ class ClusterMaps:
         """Return the name, as in `L8/C28`, of what lies at these places of `maps`."""
         return ClusterRef(self.layer_numbers[layer], self.cluster_numbers[cluster])
 
+    def of_clusters(self, places: list[int]) -> "ClusterMaps":
+        """Return the maps of some clusters only, by their places."""
+        return replace(
+            self,
+            maps=np.asarray(self.maps)[:, :, places],
+            assignments=self.assignments[..., places],
+            cluster_numbers=tuple(self.cluster_numbers[place] for place in places),
+        )
+
     def segment(self, layer: int | str, clusters: Chosen = None) -> LabelMaps:
         """Return one label map per image: the cluster whose standardised map is highest in a patch.
 
@@ -79,6 +88,12 @@ class ClusterMaps:
         names = [str(self.ref(here, place)) for place in places]
         sizes = tuple((int(height), int(width)) for height, width in self.image_sizes)
         return label_maps(np.asarray(self.maps[:, here])[:, places], names, sizes)
+
+    def _repr_html_(self) -> str:
+        """Return what Jupyter shows."""
+        from gift.explain.notebook import maps_as_html  # noqa: PLC0415 - it ranks and draws maps, which needs this file
+
+        return maps_as_html(self)
 
     def save(self, folder: Path | str) -> None:
         """Write the maps into a folder: safetensors and, last, `manifest.json`.

@@ -78,7 +78,7 @@ class RankedCluster:
 
 
 def rank_for_image(
-    maps: ClusterMaps, image: int, scales: ClusterScales | None = None, count: int = 5
+    maps: ClusterMaps, image: int, scales: ClusterScales | None = None, count: int = 5, layer: int | None = None
 ) -> list[RankedCluster]:
     """Return the clusters whose maps of an image are most worth looking at, the best first, without near-duplicates.
 
@@ -91,6 +91,7 @@ def rank_for_image(
         image: Number of the image in `maps`.
         scales: Of a data set; by default of `maps`.
         count: How many at most.
+        layer: Place of the only layer to list clusters of; all by default.
     """
     scales = ClusterScales.of(maps) if scales is None else scales
     here = np.asarray(maps.maps[image])
@@ -99,7 +100,7 @@ def rank_for_image(
         "contrast": (here.max(axis=(2, 3)) - here.mean(axis=(2, 3))) / np.maximum(scales.deviation, 1e-12),
         "agreement": scales.class_means[..., maps.predictions[image]],
     }
-    return _ranked(maps, criteria, here[None], count)
+    return _ranked(maps, criteria, here[None], count, layer)
 
 
 def rank_for_dataset(
@@ -107,6 +108,7 @@ def rank_for_dataset(
     labels: Int[np.ndarray, " batch"],
     stability: Float[np.ndarray, "layers clusters"] | None = None,
     count: int = 20,
+    layer: int | None = None,
 ) -> list[RankedCluster]:
     """Return the clusters that are most worth looking at over a data set, the best first, without near-duplicates.
 
@@ -118,12 +120,13 @@ def rank_for_dataset(
         labels: Class of every image.
         stability: From `stability_under_augmentation`.
         count: How many at most.
+        layer: Place of the only layer to list clusters of; all by default.
     """
     scales = ClusterScales.of(maps)
     of_layers = []
-    for layer in range(maps.maps.shape[1]):
-        part = ClusterScales(*(values[[layer]] for values in vars(scales).values()))
-        responses = np.asarray(maps.maps[:, [layer]])
+    for place in range(maps.maps.shape[1]):
+        part = ClusterScales(*(values[[place]] for values in vars(scales).values()))
+        responses = np.asarray(maps.maps[:, [place]])
         of_layers.append(
             (class_separation(responses, labels)[0], concentration(part.strength(responses)).mean(axis=0)[0])
         )
@@ -132,7 +135,7 @@ def rank_for_dataset(
     if stability is not None:
         criteria["stability"] = stability
     some = np.asarray(maps.maps[:64])  # enough to see which maps look alike
-    return _ranked(maps, criteria, some, count)
+    return _ranked(maps, criteria, some, count, layer)
 
 
 def _ranked(
@@ -140,17 +143,16 @@ def _ranked(
     criteria: dict[str, Float[np.ndarray, "layers clusters"]],
     looks: Float[np.ndarray, "batch layers clusters rows columns"],
     count: int,
+    layer: int | None,
 ) -> list[RankedCluster]:
     score = np.mean([_share_surpassed(values) for values in criteria.values()], axis=0)
+    layers = list(range(len(score))) if layer is None else [layer]
+    chosen = [(layers[place], cluster) for place, cluster in choose_distinct(score[layers], looks[:, layers], count)]
     return [
         RankedCluster(
-            maps.ref(layer, cluster),
-            layer,
-            cluster,
-            float(score[layer, cluster]),
-            {name: float(values[layer, cluster]) for name, values in criteria.items()},
+            maps.ref(*place), *place, float(score[place]), {name: float(each[place]) for name, each in criteria.items()}
         )
-        for layer, cluster in choose_distinct(score, looks, count)
+        for place in chosen
     ]
 
 

@@ -1,0 +1,329 @@
+"""What somebody does who looks through adapters at pictures: open one, pick and name clusters, scan a folder.
+
+The page of `gift explore` asks here and draws the answers. Several people may do so at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import yaml
+from jaxtyping import Float, UInt8
+
+from gift.data.decoding import read_header
+from gift.data.pictures import Picture, PictureFile, picture_files, read_picture, read_pictures, some_of_every_group
+from gift.explain.names import ClusterNames, ClusterRef, Combination, combined_map
+from gift.explain.ranking import ClusterScales, RankedCluster, rank_for_image
+from gift.explain.render import Look, label_overlay, overlay
+from gift.explain.viewer import Seen, Viewer
+
+REFERENCE_PICTURES = 200  # that clusters are scaled by
+CARDS, SCANNED_AT_ONCE = 12, 32
+MAX_PIXELS = 40_000_000  # of a picture from outside
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """An adapter, and pictures that say what is weak and strong for its clusters.
+
+    Attributes:
+        viewer: The adapter.
+        reference: What it makes of these pictures; None without any: then every picture is its own scale.
+    """
+
+    viewer: Viewer
+    reference: Seen | None
+
+    def see(self, file: PictureFile) -> Seen:
+        """Return what the adapter makes of a picture."""
+        return self.viewer.see([read_picture(file, self.viewer.geometry)])
+
+    def scales(self, seen: Seen) -> ClusterScales:
+        """Return what is weak and strong for every cluster."""
+        return (self.reference or seen).scales()
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A picture that somebody looks at, as every side sees it."""
+
+    seen: tuple[Seen, ...]
+
+    @property
+    def picture(self) -> Picture:
+        """The picture."""
+        return self.seen[0].pictures[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Card:
+    """A picture under a map.
+
+    Attributes:
+        ref: The cluster; None for a combination or a picture of a scan.
+        drawn: The picture.
+        caption: What stands below.
+    """
+
+    ref: ClusterRef | None
+    drawn: UInt8[np.ndarray, "height width 3"]
+    caption: str
+
+
+def _silent(done: int, all: int) -> None:
+    """Report nothing."""
+
+
+class Explorer:
+    """Answers what the page asks.
+
+    Args:
+        sides: The adapter, and perhaps another one to compare it with.
+        folders: Pictures of every folder that may be scanned, by what to call it. Nothing else is read.
+    """
+
+    def __init__(self, sides: Sequence[Side], folders: dict[str, list[PictureFile]]) -> None:
+        self.sides, self.folders = tuple(sides), folders
+        self._names_lock = Lock()
+        self._scales = [None if side.reference is None else side.scales(side.reference) for side in sides]
+
+    @property
+    def viewer(self) -> Viewer:
+        """The adapter."""
+        return self.sides[0].viewer
+
+    # ---- one picture ---------------------------------------------------------------------------------------------
+
+    def open(self, path: Path, name: str) -> Opened:
+        """Return a picture from outside.
+
+        Args:
+            path: Where it was put.
+            name: What to call it.
+
+        Raises:
+            ValueError: If it is no picture, or has too many pixels; the message says what is wrong.
+        """
+        (width, height), _ = read_header(name, path)
+        if width * height > MAX_PIXELS:
+            raise ValueError(
+                f"{name} is too large: {width} x {height} pixels, and {MAX_PIXELS} are allowed in all. Make it smaller."
+            )
+        return Opened(tuple(side.see(PictureFile(name, path)) for side in self.sides))
+
+    def open_example(self, index: int) -> Opened:
+        """Return one of the pictures that clusters are scaled by."""
+        of_sides = [side.reference for side in self.sides]
+        examples = of_sides[0].pictures if of_sides[0] is not None else ()
+        if not 0 <= index < len(examples):
+            raise ValueError(f"There is no example {index}, only {len(examples)}.")
+        return Opened(
+            tuple(
+                side.viewer.see([reference.pictures[index]])
+                for side, reference in zip(self.sides, of_sides, strict=True)
+                if reference is not None
+            )
+        )
+
+    def cards(self, opened: Opened, layer: int | None, look: Look, side: int = 0) -> list[Card]:
+        """Return the clusters that are most worth looking at in a picture, of one layer or of all."""
+        seen, scales, names = opened.seen[side], self._scales_of(opened, side), self.sides[side].viewer.names()
+        if layer is not None and not 0 <= layer < len(seen.maps.layer_names):
+            layer = None  # another adapter may have fewer
+        ranked = rank_for_image(seen.maps, 0, scales, CARDS, layer)
+        strength = scales.strength(np.asarray(seen.maps.maps))[0]
+        return [self._card(seen, one, strength[one.layer, one.cluster], names, look) for one in ranked]
+
+    def _card(self, seen: Seen, one: RankedCluster, strength: np.ndarray, names: ClusterNames, look: Look) -> Card:
+        drawn = overlay(seen.pictures[0].shown, strength, look)
+        return Card(one.ref, drawn, f"{names.label(one.ref)}: {one.score:.2f}")
+
+    def draw(self, opened: Opened, what: str, look: Look) -> Card:
+        """Return a picture under the map of a cluster (`L8/C28`) or of a combination, by its name.
+
+        Raises:
+            ValueError: If there is no such cluster or combination.
+        """
+        picture, names = opened.picture, self.viewer.names()
+        members, how = self._members(what, names)
+        reference = self.sides[0].reference
+        if how is None:
+            (layer, cluster) = members[0]
+            strength = self._scales_of(opened, 0).strength(np.asarray(opened.seen[0].maps.maps))[0, layer, cluster]
+            ref = ClusterRef.parse(what)
+            return Card(ref, overlay(picture.shown, strength, look), names.label(ref))
+        all_maps = [] if reference is None else [np.asarray(reference.maps.maps)]
+        joined = np.concatenate([*all_maps, np.asarray(opened.seen[0].maps.maps)])
+        combined = combined_map(_of_members(joined, members), how)
+        return Card(None, overlay(picture.shown, _strength(combined)[-1], look), f"{what}: {how} of {len(members)}")
+
+    def draw_labels(self, opened: Opened, layer: int | None, look: Look) -> Card:
+        """Return a picture under the label map of a layer, the last by default: which cluster responds most where."""
+        maps = opened.seen[0].maps
+        place = len(maps.layer_names) - 1 if layer is None else layer
+        reference = self.sides[0].reference
+        if reference is not None:  # what is much for a cluster cannot be told from one picture
+            of_images = ("maps", "predictions", "logits", "image_sizes")
+            pairs = {name: (getattr(maps, name), getattr(reference.maps, name)) for name in of_images}
+            maps = replace(maps, **{name: np.concatenate(pair) for name, pair in pairs.items()})
+        labels = maps.segment(place)
+        present = [labels.names[number] for number in np.unique(labels.labels[0])]
+        drawn = label_overlay(opened.picture.shown, labels.of_pixels(0), labels.palette, look.opacity)
+        return Card(None, drawn, f"L{maps.layer_numbers[place]}: {', '.join(present[:6])}")
+
+    def _scales_of(self, opened: Opened, side: int) -> ClusterScales:
+        known = self._scales[side]
+        return known if known is not None else opened.seen[side].scales()
+
+    # ---- names ---------------------------------------------------------------------------------------------------
+
+    def name(self, ref: str, name: str) -> ClusterNames:
+        """Name a cluster, or with an empty name take its name away; return all names.
+
+        Raises:
+            ValueError: If there is no such cluster, or it is no name, or is taken.
+        """
+        self._check(ClusterRef.parse(ref))
+
+        def changed(names: ClusterNames) -> ClusterNames:
+            known = names.clusters.get(ref)
+            if name.strip():
+                return names.with_name(ClusterRef.parse(ref), name)
+            return names if known is None else names.without(known)
+
+        return self._change(changed)
+
+    def combine(self, name: str, how: str, members: Sequence[str]) -> ClusterNames:
+        """Name a combination of clusters; return all names.
+
+        Raises:
+            ValueError: If it cannot be combined so, or the name is none, or is taken.
+        """
+        refs = tuple(map(ClusterRef.parse, members))
+        for ref in refs:
+            self._check(ref)
+        return self._change(lambda names: names.with_combination(name, Combination(how, refs)))
+
+    def forget(self, name: str) -> ClusterNames:
+        """Remove the name of a cluster or a combination; return all names.
+
+        Raises:
+            ValueError: If there is no such name.
+        """
+        return self._change(lambda names: names.without(name))
+
+    def _change(self, change: Callable[[ClusterNames], ClusterNames]) -> ClusterNames:
+        with self._names_lock:
+            names = change(self.viewer.names())
+            names.save(self.viewer.folder)
+        return names
+
+    def _check(self, ref: ClusterRef) -> None:
+        layers, clusters = len(self.viewer.layer_names), self.viewer.clusters
+        if ref.layer >= layers or ref.cluster >= clusters:
+            raise ValueError(f"There is no cluster {ref}: the last one is L{layers - 1}/C{clusters - 1}.")
+
+    def _members(self, what: str, names: ClusterNames) -> tuple[list[tuple[int, int]], str | None]:
+        """Return layers and clusters that a label or the name of a combination stands for, and how they combine."""
+        combination = names.combinations.get(what)
+        refs = combination.members if combination is not None else (ClusterRef.parse(what),)
+        for ref in refs:
+            self._check(ref)
+        return [(ref.layer, ref.cluster) for ref in refs], None if combination is None else combination.how
+
+    # ---- folders -------------------------------------------------------------------------------------------------
+
+    def scan(
+        self,
+        folder: str,
+        what: str,
+        count: int,
+        look: Look,
+        report: Callable[[int, int], object] = _silent,
+    ) -> tuple[list[Card], dict[str, str]]:
+        """Return where in a folder a cluster or a combination responds most, and why some pictures were not read.
+
+        Args:
+            folder: One of `folders`.
+            what: A cluster (`L8/C28`) or the name of a combination.
+            count: How many pictures to return.
+            look: How they are drawn.
+            report: Called with how many pictures were read, and how many there are.
+
+        Raises:
+            ValueError: If there is no such folder, cluster or combination, or no picture can be read.
+        """
+        if folder not in self.folders:
+            raise ValueError(f"There is no folder {folder!r} to scan; there are: {', '.join(self.folders) or 'none'}.")
+        files, (members, how) = self.folders[folder], self._members(what, self.viewer.names())
+        read: list[PictureFile] = []
+        maps, problems = [], {}
+        for start in range(0, len(files), SCANNED_AT_ONCE):
+            batch = files[start : start + SCANNED_AT_ONCE]
+            pictures, unread = read_pictures(batch, self.viewer.geometry)
+            problems |= unread
+            if pictures:
+                maps.append(_of_members(np.asarray(self.viewer.see(pictures).maps.maps), members))
+                read += [file for file in batch if file.name not in unread]
+            report(start + len(batch), len(files))
+        if not maps:
+            raise ValueError(f"No picture of {folder} can be read: {'; '.join([*problems.values()][:3])}")
+        joined = np.concatenate(maps)
+        strength = _strength(joined[:, 0] if how is None else combined_map(joined, how))
+        best = np.argsort(-strength.max(axis=(1, 2)), kind="stable")[:count].tolist()
+        shown, _ = read_pictures([read[image] for image in best], self.viewer.geometry)
+        cards = [
+            Card(None, overlay(picture.shown, strength[image], look), f"{picture.name}: {strength[image].max():.2f}")
+            for image, picture in zip(best, shown, strict=True)
+        ]
+        return cards, problems
+
+
+def _of_members(
+    maps: Float[np.ndarray, "batch layers clusters rows columns"], members: Sequence[tuple[int, int]]
+) -> Float[np.ndarray, "batch members rows columns"]:
+    return np.stack([maps[:, layer, cluster] for layer, cluster in members], axis=1)
+
+
+def _strength(maps: Float[np.ndarray, "batch rows columns"]) -> Float[np.ndarray, "batch rows columns"]:
+    """Return how strong responses are among all: 0 at the median and below, 1 at what 2 % exceed."""
+    low, high = np.quantile(maps, (0.5, 0.98))
+    return np.maximum(maps - low, 0) / max(high - low, 1e-12)
+
+
+def open_explorer(
+    adapter: Path, images: Sequence[Path] = (), compare: Path | None = None, backbone: str | None = None
+) -> Explorer:
+    """Return an explorer of an adapter.
+
+    Args:
+        adapter: Folder of a run or of an adapter.
+        images: Folders of pictures to scale clusters by, to start from and to scan; by default those that the run was
+            trained on, if they lie in a folder that is still there.
+        compare: Folder of another adapter.
+        backbone: Name or folder of the backbone of both; by default what the adapters say.
+
+    Raises:
+        ValueError: If an adapter or the pictures cannot be read.
+    """
+    folders = {str(path): picture_files([path]) for path in images or _trained_on(adapter)}
+    files = some_of_every_group([file for of_folder in folders.values() for file in of_folder], REFERENCE_PICTURES)
+    sides = [_side(each, files, backbone) for each in (adapter, compare) if each is not None]
+    return Explorer(sides, folders)
+
+
+def _side(adapter: Path, files: Sequence[PictureFile], backbone: str | None) -> Side:
+    viewer = Viewer.load(adapter, backbone)
+    pictures, _ = read_pictures(files, viewer.geometry)
+    return Side(viewer, viewer.see(pictures) if pictures else None)
+
+
+def _trained_on(adapter: Path) -> list[Path]:
+    """Return the folder of pictures that a run was trained on, if it says so and it is still there."""
+    for folder in (adapter, adapter.parent):
+        if (config := folder / "config.yaml").is_file():
+            data = yaml.safe_load(config.read_text()).get("data")
+            return [Path(data)] if isinstance(data, str) and Path(data).is_dir() else []
+    return []
