@@ -8,7 +8,8 @@ import getpass
 import html
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,17 @@ from gift.explain.render import COLOURS, OPACITY, Look
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 try:
     import gradio as gr
+    from gradio import processing_utils
     from gradio.themes import Default
 except ImportError as error:  # it is an extra
     raise ValueError("The explorer needs Gradio: pip install 'gift-peft[explorer]'.") from error
+
+async def _download_nothing(url: str, cache_dir: str) -> str:
+    raise gr.Error("Addresses are not fetched: drop a file.", print_exception=False)
+
+
+# Gradio would fetch what a request gives as the address of a file.
+processing_utils.async_ssrf_protected_download = _download_nothing
 
 ALL_LAYERS = "best of all layers"
 EXAMPLES, MAX_FILE_BYTES, MAX_WAITING, MAX_SESSIONS = 24, 20_000_000, 40, 100
@@ -34,7 +43,17 @@ PASSWORD = "GIFT_EXPLORER_PASSWORD"  # the variable of the environment
 
 
 def explore(explorer: Explorer, host: str = LOCAL[0], port: int | None = None, user: str | None = None) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C; the arguments and errors are those of `serving`."""
+    with serving(explorer, host, port, user) as (url, page):
+        print(f"Open {url} in a browser. Ctrl-C ends it.", flush=True)
+        page.block_thread()
+
+
+@contextmanager
+def serving(
+    explorer: Explorer, host: str = LOCAL[0], port: int | None = None, user: str | None = None
+) -> Iterator[tuple[str, gr.Blocks]]:
+    """Serve the page and give its address.
 
     Args:
         explorer: What answers.
@@ -49,11 +68,11 @@ def explore(explorer: Explorer, host: str = LOCAL[0], port: int | None = None, u
     auth = None if user is None else (user, _password(user))
     if auth is None and host not in LOCAL:
         raise ValueError(f"{host} can be reached by others: give a user, who then needs a password (--user NAME).")
-    with tempfile.TemporaryDirectory(prefix="gift-explorer-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    with tempfile.TemporaryDirectory(prefix="gift-explorer-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and drawn pictures, gone at the end
         page = make_page(explorer)
         page.queue(max_size=MAX_WAITING, api_open=False)
-        page.launch(
+        _, url, _ = page.launch(
             server_name=host,
             server_port=port,
             auth=auth,
@@ -61,6 +80,8 @@ def explore(explorer: Explorer, host: str = LOCAL[0], port: int | None = None, u
             state_session_capacity=MAX_SESSIONS,
             theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=CSS,
+            prevent_thread_lock=True,
+            quiet=True,
             share=False,
             ssr_mode=False,
             pwa=False,
@@ -68,6 +89,10 @@ def explore(explorer: Explorer, host: str = LOCAL[0], port: int | None = None, u
             enable_monitoring=False,
             footer_links=[],
         )
+        try:
+            yield url, page
+        finally:
+            page.close(verbose=False)
 
 
 def _password(user: str) -> str:
@@ -316,7 +341,7 @@ class _Page:
         self,
         folder: str,
         what: str,
-        count: float,
+        count: float | int,
         *look: Any,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - Gradio looks for it there
     ) -> tuple:

@@ -101,6 +101,7 @@ def read_scores(path: Path) -> dict[str, Any]:
     """
     try:
         scores = json.loads(path.read_text())
+        _ = scores["adapter"], scores["data"], scores["images"], scores["seed"]
         for row in scores["rows"]:
             for part in row["parts"]:
                 _ = row["maps"], row["reading"], part["part"], part["map"], part["iou"], part["low"], part["high"]

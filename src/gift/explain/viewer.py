@@ -62,8 +62,9 @@ class Seen:
 
 
 def _likeliest(logits: Float[np.ndarray, " classes"], names: Sequence[str], count: int) -> list[tuple[str, float]]:
-    shares = np.asarray(softmax(logits.astype(np.float64)))
-    return [(names[number], float(shares[number])) for number in np.argsort(-shares, kind="stable")[:count]]
+    shares = softmax(logits.astype(np.float64))
+    order: list[int] = np.argsort(-shares, kind="stable")[:count].tolist()
+    return [(names[number], float(shares[number])) for number in order]
 
 
 class Viewer:

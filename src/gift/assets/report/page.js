@@ -495,8 +495,8 @@ function go(changes) {
   const isStep = "view" in changes && changes.view !== state.view;
   Object.assign(state, changes);
   const address = `#view=${state.view}&picture=${state.picture + 1}&layer=${state.layer ?? "best"}`;
-  history[isStep ? "pushState" : "replaceState"](null, "", address);
   show();
+  history[isStep ? "pushState" : "replaceState"](null, "", address); // last: browsers refuse too many in a second
 }
 
 function readAddress() {
@@ -506,6 +506,7 @@ function readAddress() {
   state.view = Object.hasOwn(showers, view) && (view !== "scores" || data.scores) ? view : "pictures";
   state.picture = place(given.get("picture") - 1, data.images.length) ?? 0;
   state.layer = place(given.get("layer"), data.layers.length);
+  byId("enlarged").close();
   show();
 }
 
