@@ -115,7 +115,7 @@ def _answering(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **keywords)
         except (ValueError, OSError) as error:
-            raise gr.Error(html.escape(str(error)), duration=20, print_exception=False) from error
+            raise gr.Error(html.escape(str(error), quote=False), duration=20, print_exception=False) from error
 
     return answer
 
