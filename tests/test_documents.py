@@ -1,4 +1,4 @@
-"""Every command that README and documents show can be parsed, and the walk-through of training runs."""
+"""Every command that README and documents show can be parsed, and the walk-throughs run."""
 
 import re
 import shlex
@@ -13,8 +13,21 @@ from tests.training.pictures import make_pictures
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"^(?:    )?(?:\.venv/bin/)?gift (.+)$", re.MULTILINE)
-TRAINING = (ROOT / "docs" / "training.md").read_text()
-WALK = TRAINING.partition("walk-through")[2].partition("```\n")[2].partition("```")[0].splitlines()
+
+
+def walk_through(document):
+    """Return the lines of a document that are to be typed in order."""
+    text = (ROOT / "docs" / document).read_text()
+    return text.partition("<!-- walk-through")[2].partition("```\n")[2].partition("```")[0].splitlines()
+
+
+def walk(lines):
+    for line in lines:
+        words = shlex.split(line)[1:]
+        shorter = ["--epochs", "1", "--progress", "false"] if words[0] == "train" else []
+        # Drawn stripes look alike, which `gift data check` says, and ends with code 1.
+        with pytest.raises(SystemExit, match="1") if words[:2] == ["data", "check"] else nullcontext():
+            main([*words, *shorter])
 
 
 def commands():
@@ -42,13 +55,20 @@ def test_a_command_that_is_not_understood_would_be_noticed(capsys):
 def test_the_walk_through_of_training_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_pictures(tmp_path / "flowers", per_class=8)
-    assert len(WALK) >= 8
-    for line in WALK:
-        words = shlex.split(line)[1:]
-        shorter = ["--epochs", "1", "--progress", "false"] if words[0] == "train" else []
-        # Drawn stripes look alike, which `gift data check` says, and ends with code 1.
-        with pytest.raises(SystemExit, match="1") if words[:2] == ["data", "check"] else nullcontext():
-            main([*words, *shorter])
+    lines = walk_through("training.md")
+    assert len(lines) >= 8
+    walk(lines)
     assert (tmp_path / "predictions.csv").read_text().count("\n") == 25
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert (tmp_path / "runs" / "full" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_walk_through_of_looking_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "flowers", per_class=8)
+    lines = walk_through("looking.md")
+    assert len(lines) == 3
+    walk(lines)
+    assert (tmp_path / "explained" / "report.html").stat().st_size > 100_000
+    assert len(list((tmp_path / "explained" / "classes").iterdir())) == 1  # what was explained before is replaced

@@ -26,6 +26,7 @@ try:
 except ImportError as error:  # it is an extra
     raise ValueError("The explorer needs Gradio: pip install 'gift-peft[explorer]'.") from error
 
+
 async def _download_nothing(url: str, cache_dir: str) -> str:
     raise gr.Error("Addresses are not fetched: drop a file.", print_exception=False)
 
