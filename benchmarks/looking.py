@@ -64,7 +64,7 @@ def table(results: dict[str, Any]) -> str:
         [
             "| what | measured |",
             "|---|---|",
-            f"| `gift explain` of {report['pictures']} pictures, imports apart | {report['written in seconds']:.0f} s |",
+            f"| `gift explain` of {report['pictures']} pictures | {report['written in seconds']:.0f} s |",
             f"| size of its report | {report['megabytes']:.1f} MB |",
             f"| the report, from disk until the first picture is drawn | {shown['report']} |",
             f"| the explorer, from dropping a picture until its clusters are shown | {shown['explorer']} |",
