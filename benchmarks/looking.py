@@ -24,7 +24,7 @@ from benchmarks.interleaved import environment, estimate, write_json
 from gift.data.pictures import picture_files, some_of_every_group
 from gift.explain.explanation import REPORT, explain_pictures
 from gift.explain.exploring import open_explorer
-from gift.explorer import serving
+from gift.serving import serving
 
 START, END = "<!-- looking -->", "<!-- /looking -->"
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]

@@ -221,7 +221,7 @@ def explain(
 ) -> None:
     """Show what an adapter sees, e.g. `gift explain --adapter runs/flowers --images holiday-photos --out explained`.
 
-    Writes report.html, which opens from disk, and as PNG sheets of all layers and classes, overlays and label maps.
+    Writes report.html, which opens from disk, and sheets of all layers and classes, overlays and label maps.
 
     Args:
         adapter: Folder of a run or an adapter of GIFT.
@@ -262,8 +262,13 @@ def explore(
         user: Name to log in with; the password is in GIFT_EXPLORER_PASSWORD, or is asked for.
     """
     from gift.explain.exploring import open_explorer  # noqa: PLC0415
-    from gift.explorer import explore as serve  # noqa: PLC0415
 
+    try:
+        from gift.serving import check_address  # noqa: PLC0415
+        from gift.serving import explore as serve  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ValueError(f"The explorer needs {error.name}: pip install 'gift-peft[explorer]'.") from error
+    check_address(host, port, user)  # before the adapter is loaded
     serve(open_explorer(adapter, images, compare, backbone), host, port, user)
 
 
@@ -281,14 +286,16 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("gift").setLevel(logging.INFO)
     # PEFT 0.21.2 reads this of every model of transformers, which has renamed it.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        name, given = parse(list(sys.argv[1:] if arguments is None else arguments))
+        name, given = parse(words)
         COMMANDS[name](**given)
     except (ValueError, OSError, SafetensorError) as error:
         print(f"gift: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        print("gift: stopped. A training goes on when the same command is given again.", file=sys.stderr)
+        hint = " A training goes on when the same command is given again." if "train" in words[:1] else ""
+        print(f"gift: stopped.{hint}", file=sys.stderr)
         raise SystemExit(130) from error
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from gift.explain.explanation import explain_pictures
 from gift.explain.exploring import open_explorer
-from gift.explorer import serving
+from gift.serving import serving
 from tests.explain.conftest import striped, trained  # noqa: F401 - fixtures
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from gift.explain.explanation import explain_pictures  # noqa: F401 - keeps the order of imports that Gradio needs
+from gift.explain import exploring
 from gift.explain.exploring import open_explorer
 from gift.explain.names import ClusterNames
-from gift.explorer import PASSWORD, serving
+from gift.serving import PASSWORD, serving
 from tests.training.pictures import CLASSES
 
 CARD = "#cards .thumbnail-item"
@@ -51,11 +51,6 @@ def choose_layer(page, text):
     page.get_by_role("option", name=re.compile(f"^✓?\\s*{text}")).click()
 
 
-def forget_upload(page):
-    """Make room for another picture, as a person does with the cross."""
-    page.locator("#upload button[aria-label*=Remove], #upload button[aria-label*=Clear]").first.click()
-
-
 def save_name(page, name):
     value(page, "new-name").fill(name)
     page.locator("#save-name").click()
@@ -85,6 +80,11 @@ def test_a_picture_is_dropped_looked_at_and_its_clusters_are_named(open_page, ad
     page.wait_for_function(
         "[...document.querySelectorAll('#cards .caption-label')].every(c => c.innerText.startsWith('L1'))"
     )
+    expect(value(page, "selected-ref")).to_have_value(re.compile("^L1/C"), timeout=WAIT_MS)
+    save_name(page, "first")  # what is selected by itself can be named
+    expect(value(page, "selected-ref")).to_have_value(re.compile(r"^first \(L1/C"), timeout=WAIT_MS)
+    save_name(page, "")
+    expect(value(page, "selected-ref")).to_have_value(re.compile("^L1/C"), timeout=WAIT_MS)
     ref = captions(page)[1].split(":")[0]
     page.locator(CARD).nth(1).click()
     expect(value(page, "selected-ref")).to_have_value(ref, timeout=WAIT_MS)
@@ -135,7 +135,9 @@ def test_label_map_comparison_combination_and_scan(open_page, address, own_run, 
     page = dropped(open_page(address), picture)
     page.get_by_role("tab", name="Label map").click()
     expect(page.locator("#labels img")).to_be_visible(timeout=WAIT_MS)
-    expect(value(page, "labels-caption")).to_have_value(re.compile(r"^L1: L1/C\d"), timeout=WAIT_MS)
+    expect(page.locator("#labels-legend li").first).to_contain_text(re.compile(r"L\d/C\d.*, \d+ %"), timeout=WAIT_MS)
+    choose_layer(page, "L0")
+    expect(page.locator("#labels-legend p")).to_contain_text("Layer L0", timeout=WAIT_MS)
     page.get_by_role("tab", name="Compare").click()
     expect(page.locator("#other-cards img").first).to_be_visible(timeout=WAIT_MS)
     assert captions(page, "own-cards")
@@ -148,6 +150,9 @@ def test_label_map_comparison_combination_and_scan(open_page, address, own_run, 
     page.locator("#save-combination").click()
     expect(page.locator("#combined img")).to_be_visible(timeout=WAIT_MS)
     assert list(ClusterNames.load(own_run / "adapter").combinations) == ["both"]
+    before = page.locator("#combined img").first.get_attribute("src")
+    set_slider(page, "opacity", 0.2)
+    page.wait_for_function("before => document.querySelector('#combined img').src !== before", arg=before)
     page.get_by_role("tab", name="Scan a folder").click()
     page.locator("#what input").fill("L1/C4")
     page.locator("#what input").press("Enter")
@@ -155,11 +160,45 @@ def test_label_map_comparison_combination_and_scan(open_page, address, own_run, 
     expect(page.locator("#found img").first).to_be_visible(timeout=WAIT_MS)
     assert len(captions(page, "found")) == 12
     assert any(captions(page, "found")[0].startswith(f"{name}/") for name in CLASSES)
+    expect(value(page, "progress")).to_have_value("24 of 24 pictures")
     page.get_by_role("tab", name="Names").click()
     expect(page.locator("#known input")).to_have_value("both", timeout=WAIT_MS)
     page.locator("#forget").click()
     expect(page.locator("#known input")).not_to_have_value("both", timeout=WAIT_MS)
     assert ClusterNames.load(own_run / "adapter").combinations == {}
+
+
+def test_a_scan_can_be_stopped(open_page, own_run, picture, striped, monkeypatch):
+    monkeypatch.setattr(exploring, "SCANNED_AT_ONCE", 1)
+    read, original = [], exploring.read_pictures
+
+    def slowly(files, geometry):
+        read.append(files)
+        time.sleep(0.3)
+        return original(files, geometry)
+
+    with serving(open_explorer(own_run, [striped / "test"])) as (url, _):
+        page = dropped(open_page(url), picture)
+        monkeypatch.setattr(exploring, "read_pictures", slowly)
+        page.get_by_role("tab", name="Scan a folder").click()
+        page.locator("#scan").click()
+        expect(value(page, "progress")).to_have_value(re.compile("^[1-9] of 24 pictures"), timeout=WAIT_MS)
+        page.locator("#stop").click()
+        expect(value(page, "progress")).to_have_value("stopped", timeout=WAIT_MS)
+        page.wait_for_timeout(1000)
+        done = len(read)
+        page.wait_for_timeout(1500)
+        assert len(read) == done < 20
+        assert page.locator(".toast-body").count() == 0
+
+
+def test_what_is_typed_stays_while_sliders_move(open_page, address, picture):
+    page = dropped(open_page(address), picture)
+    value(page, "new-name").fill("half a na")
+    before = page.locator("#selected img").first.get_attribute("src")
+    set_slider(page, "opacity", 0.3)
+    page.wait_for_function("before => document.querySelector('#selected img').src !== before", arg=before)
+    assert value(page, "new-name").input_value() == "half a na"
 
 
 def hostile_files(folder, picture):
@@ -193,7 +232,6 @@ def test_hostile_files_are_refused_with_words_and_good_ones_still_work(open_page
     page = dropped(open_page(address), picture)
     title = page.title()
     for name, said in hostile_files(tmp_path, picture).items():
-        forget_upload(page)
         drop(page, tmp_path / name)
         expect(page.locator(".toast-body").last).to_contain_text(said, timeout=WAIT_MS)
         expect(value(page, "picture-name")).to_have_value(picture.name)  # what was there stays
@@ -201,7 +239,6 @@ def test_hostile_files_are_refused_with_words_and_good_ones_still_work(open_page
             close.click(force=True, timeout=1000) if close.is_visible() else None
     assert page.title() == title
     for mode in ("CMYK", "L", "P"):
-        forget_upload(page)
         path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
         Image.open(picture).convert(mode).save(path)
         dropped(page, path)
@@ -224,7 +261,6 @@ def test_one_picture_takes_less_than_a_second(open_page, address, striped):
     page = dropped(open_page(address), striped / "test" / "down" / "0.png")
     seconds = []
     for number in range(1, 4):
-        forget_upload(page)
         started = time.perf_counter()
         dropped(page, striped / "test" / "down" / f"{number}.png")
         seconds.append(time.perf_counter() - started)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from gift.cli import main
 from gift.data.pictures import picture_files, read_pictures
 from gift.explain.exploring import open_explorer
 from gift.explain.viewer import Viewer
-from gift.explorer import MAX_FILE_BYTES, PASSWORD, serving
+from gift.serving import MAX_FILE_BYTES, PASSWORD, check_address, serving
 from tests.browser.gradio_session import Refused, Session
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "GIF": "gif", "BMP": "bmp", "WEBP": "webp", "TIFF": "tif", "PPM": "ppm"}
@@ -97,6 +98,7 @@ def test_of_a_thousand_damaged_files_each_gets_an_error_or_an_answer(own_run, st
     finally:
         process.terminate()
         process.communicate(timeout=30)
+        assert not list(tmp_path.glob("gift-explorer-*"))
 
 
 @pytest.mark.slow
@@ -229,6 +231,24 @@ def test_nothing_is_left_behind_and_the_port_is_free_again(own_run, striped):
         time.sleep(0.1)
     else:
         raise AssertionError("it still answers")
+
+
+@pytest.mark.parametrize("port", [0, -1, 99_999])
+def test_a_port_that_cannot_be_is_refused(port):
+    with pytest.raises(ValueError, match=f"port must lie between 1 and 65535, got {port}"):
+        check_address("127.0.0.1", port, None)
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match="2"):
+            main(["explore", "--adapter", str(tmp_path / "missing"), "--port", str(port)])
+    assert f"Port {port} of 127.0.0.1 cannot be listened on" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"192\.0\.2\.1 cannot be listened on"):
+        check_address("192.0.2.1", None, "ada")
 
 
 def test_the_command_says_what_is_wrong_before_it_serves(tmp_path, own_run, capsys):

@@ -1,6 +1,9 @@
 import base64
 import json
+import os
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 from gift.cli import main
 from gift.data.pictures import picture_files, read_pictures
 from gift.explain import report
+from gift.explain.command import read_scores
 from gift.explain.explanation import describe_explanation, explain_pictures
 from gift.explain.names import ClusterNames, ClusterRef, Combination
 from gift.explain.ranking import ClusterScales
@@ -108,9 +112,122 @@ def test_an_earlier_explanation_is_replaced_and_nothing_else(explained, trained,
     assert {path.stem for path in (out / "classes").iterdir()} <= set(CLASSES)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "precious.txt").write_text("precious")
-    with pytest.raises(ValueError, match="mine exists and holds no explanation"):
-        explain_pictures(trained[0], [striped / "test"], tmp_path / "mine")
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["precious.txt"]
+    for name, content in (("precious.txt", "precious"), ("explanation.json", '{"my": "thing"}')):
+        (tmp_path / "mine" / name).write_text(content)
+        with pytest.raises(ValueError, match=f"mine holds {min(name, 'precious.txt')}, which is of no explanation"):
+            explain_pictures(trained[0], [striped / "test"], tmp_path / "mine")
+        assert (tmp_path / "mine" / name).read_text() == content
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "overlays/mine.jpg", "mine/a.png"])
+def test_what_somebody_put_among_an_explanation_is_not_deleted(trained, striped, tmp_path, place):
+    out = tmp_path / "out"
+    explain_pictures(trained[0], [striped / "test" / "down"], out, count=1)
+    (out / place).parent.mkdir(exist_ok=True)
+    (out / place).write_text("precious")
+    with pytest.raises(ValueError, match=f"holds {place}, which is of no explanation"):
+        explain_pictures(trained[0], [striped / "test" / "down"], out, count=1)
+    assert (out / place).read_text() == "precious"
+
+
+def test_a_folder_beside_it_and_links_are_left_alone(trained, striped, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious.txt").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for _ in range(2):
+        explained = explain_pictures(trained[0], [striped / "test" / "down"], tmp_path / "link", count=1)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out" / "report.html").exists()
+    assert explained.folder == tmp_path / "link"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link", "out.partial"}
+    assert (tmp_path / "out.partial" / "precious.txt").read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(trained, striped, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OSError, match=r"out cannot be written: .*\. Choose another folder"):
+        explain_pictures(trained[0], [striped / "test"], tmp_path / "file" / "out")
+
+
+def test_pictures_in_folders_of_any_name_are_shown(trained, striped, tmp_path):
+    """Class folders whose names are formulas, no text, too long for a file, or alike once they are names of files."""
+    names = [
+        b"$\\frac$ $x",
+        b"\xe9t\xe9",
+        b"x" * 250,
+        b"a?",
+        b"a*",
+        b"A_",
+        b"<b>'\"",
+        "花".encode(),
+        b"line\nbreak",
+        b"-",
+    ]
+    for number, name in enumerate(names):
+        folder = tmp_path / "pictures" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        shutil.copy(striped / "test" / "down" / f"{number % 8}.png", folder / "same.png")
+    explained = explain_pictures(trained[0], [tmp_path / "pictures"], tmp_path / "out")
+    assert explained.shown == len(names)
+    classes = [path.name for path in (tmp_path / "out" / "classes").iterdir()]
+    assert len({name.casefold() for name in classes}) == len(names)
+    data_of(tmp_path / "out")
+
+
+def test_names_of_clusters_that_do_not_exist_are_passed_over(run, striped, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MAPS_BYTES", 1)
+    monkeypatch.setattr(report, "FEWEST_CLUSTERS", 2)
+    ClusterNames().with_name(ClusterRef(0, 999), "ghost").save(run / "adapter")
+    explain_pictures(run, [striped / "test" / "down"], tmp_path / "out")
+    assert len(data_of(tmp_path / "out")["clusters"]) == 2
+
+
+def test_pictures_of_one_name_are_kept_apart(trained, striped, tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder / "class").mkdir(parents=True)
+        (tmp_path / folder / "class" / "bad.png").write_text("no picture")
+        shutil.copy(striped / "test" / "down" / "0.png", tmp_path / folder / "class" / "good.png")
+    (tmp_path / "one" / "again").symlink_to(tmp_path / "one" / "class" / "good.png")
+    images = [tmp_path / "one", tmp_path / "two", tmp_path / "one" / "again"]
+    explained = explain_pictures(trained[0], images, tmp_path / "out")
+    assert (explained.shown, len(explained.problems)) == (2, 2)
+
+
+SCORES = {"adapter": "adapter", "data": "flowers", "images": 8, "seed": 0}
+PART = {
+    "part": "petals",
+    "map": "L0/C1",
+    "iou": 0.4,
+    "low": 0.3,
+    "high": 0.5,
+    "pointing": 0.5,
+    "energy": 1,
+    "chance": 0.45,
+}
+ROW = {"maps": "learned", "reading": "own", "candidates": 12, "effective_numbers": [1.5], "parts": [PART]}
+
+
+def test_scores_are_shown(trained, striped, tmp_path):
+    (tmp_path / "scores.json").write_text(json.dumps(SCORES | {"rows": [ROW | {"deletion": None}]}))
+    explain_pictures(trained[0], [striped / "test"], tmp_path / "out", count=2, scores=tmp_path / "scores.json")
+    assert data_of(tmp_path / "out")["scores"]["rows"][0]["parts"] == [PART]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        json.dumps(SCORES | {"rows": [ROW | {"parts": [PART | {"map": 3}]}]}),
+        json.dumps(SCORES | {"rows": [ROW | {"maps": ["learned"]}]}),
+        json.dumps(SCORES | {"rows": [ROW | {"parts": [PART | {"iou": float("nan")}]}]}),
+        json.dumps(SCORES | {"rows": ROW}),
+        json.dumps({"rows": [ROW]}),
+    ],
+)
+def test_damaged_scores_are_refused(tmp_path, content):
+    (tmp_path / "scores.json").write_text(content)
+    with pytest.raises(ValueError, match=r"scores.json holds no scores of `gift score --out`"):
+        read_scores(tmp_path / "scores.json")
 
 
 def test_what_cannot_be_explained_writes_nothing(trained, striped, tmp_path):
@@ -122,6 +239,12 @@ def test_what_cannot_be_explained_writes_nothing(trained, striped, tmp_path):
         ({"images": [striped], "adapter": tmp_path}, "holds no adapter"),
         ({"images": [striped], "count": 0}, "count must be a whole number of at least 1"),
         ({"images": [striped], "scores": tmp_path / "scores.json"}, "holds no scores of `gift score --out`"),
+        ({"images": [striped], "out": striped / "out"}, "must lie apart from .*, which is read"),
+        ({"images": [striped / "test"], "out": striped}, "must lie apart from .*, which is read"),
+        ({"images": [striped], "out": trained[0].parent}, "must lie apart from"),
+        ({"images": [striped], "out": tmp_path / "bad.png"}, "bad.png is a file"),
+        ({"images": [striped], "out": Path.cwd()}, "is the current folder or holds it"),
+        ({"images": [striped], "out": Path.cwd().parent}, "is the current folder or holds it"),
     ):
         with pytest.raises(ValueError, match=message):
             explain_pictures(**({"adapter": trained[0], "out": tmp_path / "out"} | given))

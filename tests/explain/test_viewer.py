@@ -65,7 +65,9 @@ def test_an_adapter_without_clusters_is_refused(striped, trained, tmp_path):
     backbone = trained[0].parent / "tiny-vit"
     given = {"data": str(striped), "model": str(backbone), "output_dir": str(tmp_path / "lora"), "method": "lora"}
     train(TrainOptions(**given, epochs=1, batch_size=8, progress=False))
-    with pytest.raises(ValueError, match="clusters"):
+    with pytest.raises(
+        ValueError, match="has no clusters to look at: it was trained with lora, and only GIFT has clusters"
+    ):
         Viewer.load(tmp_path / "lora")
 
 

@@ -21,7 +21,7 @@ class PictureFile:
     """A picture on disk.
 
     Attributes:
-        name: Its path below the folder that was asked for, or the name of the file.
+        name: Its path below the folder that was asked for, or the name of the file; the whole path where two have one.
         path: Where it is.
     """
 
@@ -60,20 +60,29 @@ def picture_files(paths: Sequence[Path]) -> list[PictureFile]:
         ValueError: If a path is neither a file nor a folder with pictures.
     """
     found: dict[Path, PictureFile] = {}
+    names: set[str] = set()
     for path in paths:
-        for file in [PictureFile(path.name, path)] if path.is_file() else _below(path):
-            found.setdefault(file.path.absolute(), file)
+        for file in [PictureFile(printable(path.name), path)] if path.is_file() else _below(path):
+            if (place := file.path.resolve()) not in found:
+                found[place] = file if file.name not in names else replace(file, name=printable(str(place)))
+                names.add(found[place].name)
     return list(found.values())
+
+
+def printable(name: str) -> str:
+    """Return the name of a file as it can be shown: what is no text, or would end a line, becomes a question mark."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
 
 
 def _below(folder: Path) -> list[PictureFile]:
     suffixes = set(Image.registered_extensions())
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes]
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()]
     hidden = (".", "__MACOSX")
     files = [path for path in files if not any(part.startswith(hidden) for part in path.relative_to(folder).parts)]
     if not files:
         raise ValueError(f"{folder} is neither an image nor a folder with images.")
-    return [PictureFile(str(path.relative_to(folder)), path) for path in sorted(files)]
+    return [PictureFile(printable(str(path.relative_to(folder))), path) for path in sorted(files)]
 
 
 def some_of_every_group(files: Sequence[PictureFile], count: int) -> list[PictureFile]:

@@ -1,17 +1,42 @@
 """What `gift score` does: an adapter and images with known parts in, tables and figures out."""
 
 import json
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
 
 from gift.adapters import load_adapter
 from gift.data.parts import read_parts
 from gift.explain.clusters import explain_images
 from gift.explain.rows import ScoreOptions
-from gift.explain.scoring import Scorer
+from gift.explain.scoring import MethodScore, Scorer
 from gift.explain.shortcuts import ShortcutOptions, check_truth, find_shortcuts
 from gift.explain.tables import score_table, shortcut_table, verdicts
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Return what `gift score --out` wrote.
+
+    Raises:
+        ValueError: If the file holds anything else.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--rows", type=list[MethodScore])
+    for name, kind in {"adapter": str, "data": str, "images": int, "seed": int}.items():
+        parser.add_argument(f"--{name}", type=kind)
+    try:
+        scores = json.loads(path.read_text(), parse_constant=_refuse)
+        parser.parse_object(deepcopy({name: scores[name] for name in ("rows", "adapter", "data", "images", "seed")}))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ArgumentError) as error:
+        raise ValueError(f"{path} holds no scores of `gift score --out`: {error!r}.") from error
+    return scores
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number in JSON")
 
 
 def score_adapter(

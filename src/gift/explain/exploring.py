@@ -3,7 +3,7 @@
 The page of `gift explore` asks here and draws the answers. Several people may do so at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -20,7 +20,7 @@ from gift.explain.render import Look, label_overlay, overlay
 from gift.explain.viewer import Seen, Viewer
 
 REFERENCE_PICTURES = 200  # that clusters are scaled by
-CARDS, SCANNED_AT_ONCE = 12, 32
+CARDS, EXAMPLES, SCANNED_AT_ONCE = 12, 24, 32
 MAX_PIXELS = 40_000_000  # of a picture from outside
 
 
@@ -72,8 +72,36 @@ class Card:
     caption: str
 
 
-def _silent(done: int, all: int) -> None:
-    """Report nothing."""
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """A picture under its label map.
+
+    Attributes:
+        drawn: The picture.
+        layer: Place of the layer.
+        legend: Every label that appears, its colour, and the share of the patches that it has, the largest first.
+    """
+
+    drawn: UInt8[np.ndarray, "height width 3"]
+    layer: int
+    legend: list[tuple[str, str, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """How far a scan is; `cards` is None until it is over.
+
+    Attributes:
+        read: How many pictures were read.
+        all: How many there are.
+        problems: Why some could not be read, by their names.
+        cards: The pictures in which the response is strongest.
+    """
+
+    read: int
+    all: int
+    problems: dict[str, str]
+    cards: list[Card] | None = None
 
 
 class Explorer:
@@ -88,6 +116,8 @@ class Explorer:
         self.sides, self.folders = tuple(sides), folders
         self._names_lock = Lock()
         self._scales = [None if side.reference is None else side.scales(side.reference) for side in sides]
+        shown = {picture.name for side in sides if side.reference is not None for picture in side.reference.pictures}
+        self.examples = [file for files in folders.values() for file in files if file.name in shown][:EXAMPLES]
 
     @property
     def viewer(self) -> Viewer:
@@ -115,23 +145,18 @@ class Explorer:
 
     def open_example(self, index: int) -> Opened:
         """Return one of the pictures that clusters are scaled by."""
-        of_sides = [side.reference for side in self.sides]
-        examples = of_sides[0].pictures if of_sides[0] is not None else ()
-        if not 0 <= index < len(examples):
-            raise ValueError(f"There is no example {index}, only {len(examples)}.")
-        return Opened(
-            tuple(
-                side.viewer.see([reference.pictures[index]])
-                for side, reference in zip(self.sides, of_sides, strict=True)
-                if reference is not None
-            )
-        )
+        if not 0 <= index < len(self.examples):
+            raise ValueError(f"There is no example {index}, only {len(self.examples)}.")
+        return Opened(tuple(side.see(self.examples[index]) for side in self.sides))
 
     def cards(self, opened: Opened, layer: int | None, look: Look, side: int = 0) -> list[Card]:
         """Return the clusters that are most worth looking at in a picture, of one layer or of all."""
         seen, scales, names = opened.seen[side], self._scales_of(opened, side), self.sides[side].viewer.names()
-        if layer is not None and not 0 <= layer < len(seen.maps.layer_names):
-            layer = None  # another adapter may have fewer
+        if layer is not None:  # another adapter may have it elsewhere, or not at all
+            name = self.viewer.layer_names[layer]
+            if name not in seen.maps.layer_names:
+                return []
+            layer = seen.maps.layer_names.index(name)
         ranked = rank_for_image(seen.maps, 0, scales, CARDS, layer)
         strength = scales.strength(np.asarray(seen.maps.maps))[0]
         return [self._card(seen, one, strength[one.layer, one.cluster], names, look) for one in ranked]
@@ -152,26 +177,33 @@ class Explorer:
         if how is None:
             (layer, cluster) = members[0]
             strength = self._scales_of(opened, 0).strength(np.asarray(opened.seen[0].maps.maps))[0, layer, cluster]
-            ref = ClusterRef.parse(what)
+            ref = ClusterRef(layer, cluster)
             return Card(ref, overlay(picture.shown, strength, look), names.label(ref))
         all_maps = [] if reference is None else [np.asarray(reference.maps.maps)]
         joined = np.concatenate([*all_maps, np.asarray(opened.seen[0].maps.maps)])
         combined = combined_map(_of_members(joined, members), how)
         return Card(None, overlay(picture.shown, _strength(combined)[-1], look), f"{what}: {how} of {len(members)}")
 
-    def draw_labels(self, opened: Opened, layer: int | None, look: Look) -> Card:
-        """Return a picture under the label map of a layer, the last by default: which cluster responds most where."""
+    def draw_labels(self, opened: Opened, layer: int | None, opacity: float | int) -> Segmented:
+        """Return a picture under the label map of a layer, by default that of the best cluster."""
         maps = opened.seen[0].maps
-        place = len(maps.layer_names) - 1 if layer is None else layer
+        if layer is None:
+            best = rank_for_image(maps, 0, self._scales_of(opened, 0), 1)
+            layer = best[0].layer if best else len(maps.layer_names) - 1
         reference = self.sides[0].reference
         if reference is not None:  # what is much for a cluster cannot be told from one picture
             of_images = ("maps", "predictions", "logits", "image_sizes")
             pairs = {name: (getattr(maps, name), getattr(reference.maps, name)) for name in of_images}
             maps = replace(maps, **{name: np.concatenate(pair) for name, pair in pairs.items()})
-        labels = maps.segment(place)
-        present = [labels.names[number] for number in np.unique(labels.labels[0])]
-        drawn = label_overlay(opened.picture.shown, labels.of_pixels(0), labels.palette, look.opacity)
-        return Card(None, drawn, f"L{maps.layer_numbers[place]}: {', '.join(present[:6])}")
+        labels = maps.segment(layer)
+        counts = np.bincount(labels.labels[0].ravel(), minlength=len(labels.names)) / labels.labels[0].size
+        legend = [
+            (labels.names[label], f"#{bytes(labels.palette[label]).hex()}", float(counts[label]))
+            for label in np.argsort(-counts, kind="stable").tolist()
+            if counts[label]
+        ]
+        drawn = label_overlay(opened.picture.shown, labels.of_pixels(0), labels.palette, opacity)
+        return Segmented(drawn, layer, legend)
 
     def _scales_of(self, opened: Opened, side: int) -> ClusterScales:
         known = self._scales[side]
@@ -226,7 +258,8 @@ class Explorer:
             raise ValueError(f"There is no cluster {ref}: the last one is L{layers - 1}/C{clusters - 1}.")
 
     def _members(self, what: str, names: ClusterNames) -> tuple[list[tuple[int, int]], str | None]:
-        """Return layers and clusters that a label or the name of a combination stands for, and how they combine."""
+        """Return layers and clusters that a label or a name stands for, and how they combine."""
+        what = {name: label for label, name in names.clusters.items()}.get(what, what)
         combination = names.combinations.get(what)
         refs = combination.members if combination is not None else (ClusterRef.parse(what),)
         for ref in refs:
@@ -235,22 +268,16 @@ class Explorer:
 
     # ---- folders -------------------------------------------------------------------------------------------------
 
-    def scan(
-        self,
-        folder: str,
-        what: str,
-        count: int,
-        look: Look,
-        report: Callable[[int, int], object] = _silent,
-    ) -> tuple[list[Card], dict[str, str]]:
-        """Return where in a folder a cluster or a combination responds most, and why some pictures were not read.
+    def scan(self, folder: str, what: str, count: int, look: Look) -> Iterator[Scan]:
+        """Look where in a folder a cluster or a combination responds most, some pictures at a time; stop at any time.
+
+        Strength is on the scale of this folder: 0 is the median response in it, 1 what 2 % of its patches exceed.
 
         Args:
             folder: One of `folders`.
-            what: A cluster (`L8/C28`) or the name of a combination.
+            what: A cluster (`L8/C28`), its name, or that of a combination.
             count: How many pictures to return.
             look: How they are drawn.
-            report: Called with how many pictures were read, and how many there are.
 
         Raises:
             ValueError: If there is no such folder, cluster or combination, or no picture can be read.
@@ -267,18 +294,19 @@ class Explorer:
             if pictures:
                 maps.append(_of_members(np.asarray(self.viewer.see(pictures).maps.maps), members))
                 read += [file for file in batch if file.name not in unread]
-            report(start + len(batch), len(files))
+            yield Scan(start + len(batch), len(files), problems)
         if not maps:
             raise ValueError(f"No picture of {folder} can be read: {'; '.join([*problems.values()][:3])}")
         joined = np.concatenate(maps)
         strength = _strength(joined[:, 0] if how is None else combined_map(joined, how))
         best = np.argsort(-strength.max(axis=(1, 2)), kind="stable")[:count].tolist()
-        shown, _ = read_pictures([read[image] for image in best], self.viewer.geometry)
+        shown = {image: read_pictures([read[image]], self.viewer.geometry)[0] for image in best}
         cards = [
             Card(None, overlay(picture.shown, strength[image], look), f"{picture.name}: {strength[image].max():.2f}")
-            for image, picture in zip(best, shown, strict=True)
+            for image, pictures in shown.items()
+            for picture in pictures  # none if it was deleted meanwhile
         ]
-        return cards, problems
+        yield Scan(len(files), len(files), problems, cards)
 
 
 def _of_members(
@@ -324,6 +352,9 @@ def _trained_on(adapter: Path) -> list[Path]:
     """Return the folder of pictures that a run was trained on, if it says so and it is still there."""
     for folder in (adapter, adapter.parent):
         if (config := folder / "config.yaml").is_file():
-            data = yaml.safe_load(config.read_text()).get("data")
+            try:
+                data = yaml.safe_load(config.read_text())["data"]
+            except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
+                return []
             return [Path(data)] if isinstance(data, str) and Path(data).is_dir() else []
     return []

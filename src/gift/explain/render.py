@@ -1,7 +1,9 @@
 """Pictures of cluster maps; what they show was computed elsewhere."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +105,9 @@ def draw_sheets(sheets: list[Sheet], path: Path, look: Look | None = None) -> No
     parts = figure.subplots(1, len(sheets), squeeze=False, width_ratios=widths)
     for axes, sheet in zip(parts[0], sheets, strict=True):
         _draw(axes, sheet, look)
-    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.05)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # it shows a box
+        figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.05)
 
 
 def _draw(axes: Axes, sheet: Sheet, look: Look | None) -> None:
@@ -118,11 +122,12 @@ def _draw(axes: Axes, sheet: Sheet, look: Look | None) -> None:
     rows, columns = mosaic.shape[:2]
     joined = mosaic.swapaxes(1, 2).reshape(rows * (height + gap), columns * (width + gap), 3)
     axes.imshow(joined[:-gap, :-gap])
-    axes.set_title(sheet.title, fontsize="medium")
+    words: dict[str, Any] = {"parse_math": False}  # a dollar is a dollar
+    axes.set_title(sheet.title, fontsize="medium", **words)
     axes.xaxis.tick_top()
     across, down = (np.arange(count) * (side + gap) + side / 2 for count, side in ((columns, width), (rows, height)))
-    axes.set_xticks(across, ("image", *sheet.columns), fontsize="x-small")
-    axes.set_yticks(down, sheet.rows or [""] * rows, fontsize="x-small")
+    axes.set_xticks(across, ("image", *sheet.columns), fontsize="x-small", **words)
+    axes.set_yticks(down, sheet.rows or [""] * rows, fontsize="x-small", **words)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 

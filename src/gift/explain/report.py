@@ -16,7 +16,7 @@ from jaxtyping import Float, Integer
 from matplotlib import colormaps
 from PIL import Image
 
-from gift.explain.names import ClusterNames
+from gift.explain.names import ClusterNames, ClusterRef
 from gift.explain.ranking import ClusterScales, rank_for_dataset, rank_for_image, strongest_responses
 from gift.explain.render import COLOURS
 from gift.explain.viewer import Seen, Viewer
@@ -113,11 +113,11 @@ def _fitting(seen: Seen, names: ClusterNames) -> Any:
     count = max(FEWEST_CLUSTERS, MAPS_BYTES // (maps.maps.size // maps.maps.shape[2]))
     if count >= maps.maps.shape[2]:
         return maps
-    named = [label.partition("/C")[2] for label in names.clusters]
-    named += [str(member.cluster) for combination in names.combinations.values() for member in combination.members]
+    members = [member for combination in names.combinations.values() for member in combination.members]
+    named = [ref.cluster for ref in (*map(ClusterRef.parse, names.clusters), *members)]
     labels = np.unique(seen.labels, return_inverse=True)[1]
     ranked = rank_for_dataset(maps, labels, count=maps.maps.shape[2])
-    order = dict.fromkeys([int(number) for number in named] + [one.cluster for one in ranked])
+    order = dict.fromkeys([place for place in named if place < maps.maps.shape[2]] + [one.cluster for one in ranked])
     order |= dict.fromkeys(place for place in range(maps.maps.shape[2]) if place not in order)
     return maps.of_clusters(sorted(list(order)[:count]))
 

@@ -1,6 +1,6 @@
 """Sheets of cluster maps as PNG: the best of all layers, of every layer, and of every class; and single overlays."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from gift.explain.viewer import Seen
 
 COLUMNS, ROWS, CLASS_ROWS, OVERLAYS = 6, 8, 12, 5
 SHEET_PX = 128  # a picture in a sheet has no more pixels than this when it is drawn
-LONGEST_LABEL = 22
+LONGEST_LABEL, MOST_LETTERS = 22, 60
 QUALITY = 90  # of JPEG files: as PNG the overlays of 50 pictures have 70 MB
 
 
@@ -35,7 +35,7 @@ class Sheets:
         """Write all sheets and overlays.
 
         `overview.png`; `layers/L0.png` and so on; `classes/<class>.png`; for every picture
-        `overlays/<number>-<layer>-<cluster>.png` of its five best clusters; `labels/L0/` and so on.
+        `overlays/<number>-<layer>-<cluster>.jpg` of its five best clusters; `labels/L0/` and so on.
         """
         for name in ("layers", "classes", "overlays", "labels"):
             (folder / name).mkdir()
@@ -47,8 +47,9 @@ class Sheets:
             best = rank_for_dataset(self.maps, labels, count=COLUMNS, layer=place)
             self._draw(f"L{number}: {name}", some, best, folder / "layers" / f"L{number}.png")
             self._write_labels(place, folder / "labels" / f"L{number}")
-        for label, images in self._classes().items():
-            path = folder / "classes" / f"{_as_file_name(label)}.png"
+        classes = self._classes()
+        for (label, images), file in zip(classes.items(), _file_names(classes), strict=True):
+            path = folder / "classes" / f"{file}.png"
             self._draw(f"{label}", images[:CLASS_ROWS], self._best_of_class(images), path)
         for image in range(len(self.seen.pictures)):
             for one in rank_for_image(self.maps, image, self.scales, OVERLAYS):
@@ -117,5 +118,13 @@ def _spread(labels: np.ndarray, count: int) -> list[int]:
     return sorted(image for _, image in sorted(turns)[:count])
 
 
-def _as_file_name(label: str) -> str:
-    return "".join(sign if sign.isalnum() or sign in "-_. " else "_" for sign in label).strip(". ") or "_"
+def _file_names(labels: Iterable[str]) -> list[str]:
+    """Return a name of a file for every label, no two alike, also where upper and lower case are one."""
+    names: list[str] = []
+    for label in labels:
+        plain = "".join(sign if sign.isalnum() or sign in "-_. " else "_" for sign in label)[:MOST_LETTERS].strip(". ")
+        taken, name, number = {name.casefold() for name in names}, plain or "_", 2
+        while name.casefold() in taken:
+            name, number = f"{plain}-{number}", number + 1
+        names.append(name)
+    return names

@@ -82,7 +82,16 @@ class Viewer:
         self.loaded, self.reading = loaded, reading
         self._lock = Lock()  # maps are read by hooks on the one model
         side = self.geometry.size_px
-        explained = explained_model(loaded.model)
+        method = loaded.classifier.method
+        try:
+            explained = explained_model(loaded.model)
+        except ValueError as error:
+            why = (
+                str(error)
+                if method.startswith("gift")
+                else f"it was trained with {method}, and only GIFT has clusters."
+            )
+            raise ValueError(f"{loaded.folder} has no clusters to look at: {why}") from error
         self.is_before_adaptation_known = explained.is_before_adaptation_known
         self.layer_names = tuple(explained.assignments.matrices)
         self.clusters = explained.assignments.clusters

@@ -7,7 +7,7 @@ from gift.training.train import TrainResult
 
 def describe_training(options: TrainOptions, result: TrainResult) -> str:
     """Return what was trained, how well it predicts, where everything lies, and what to try next."""
-    metrics, run = result.run.metrics, options.output_dir
+    metrics, run, is_gift = result.run.metrics, options.output_dir, options.method.startswith("gift")
     lines = [
         f"{options.method}: {metrics['trained_parameters']:,} numbers trained "
         f"({metrics['trained_parameters_without_head']:,} without the head), {metrics['seconds']:.0f} s, "
@@ -22,6 +22,7 @@ def describe_training(options: TrainOptions, result: TrainResult) -> str:
         f"Wrote {run}: {result.run.adapter_dir.name}/, metrics.json, evaluation.json, curves.png, config.yaml",
         "Next:",
         f"  gift predict {run} IMAGES           the class of every image of a folder, as a CSV",
+        *([f"  gift explain --adapter {run} --images IMAGES --out explained    what it sees there"] * is_gift),
         f"  gift merge {run} merged-model       the model without adapter, for transformers, timm or ONNX",
     ]
     return "\n".join(lines)
