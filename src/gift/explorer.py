@@ -6,7 +6,6 @@ Sessions are apart: what somebody looks at is kept in the state of their own ses
 import html
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -36,19 +35,18 @@ def _answering(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def answer(*args: Any, **keywords: Any) -> Any:
-        with _telling():
+        try:
             return function(*args, **keywords)
+        except (ValueError, OSError) as error:
+            return _tell(error)
 
     return answer
 
 
-@contextmanager
-def _telling() -> Iterator[None]:
-    """Show what is wrong to the person."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise gr.Error(html.escape(str(error), quote=False), duration=20, print_exception=False) from error
+def _tell(error: Exception) -> Any:
+    """Show what is wrong to the person; return what leaves everything as it is, which Gradio's errors do not."""
+    gr.Warning(html.escape(str(error), quote=False), duration=20, title="Not done")
+    return gr.skip()
 
 
 class _Page:
@@ -315,12 +313,14 @@ class _Page:
 
     def _scan(self, folder: str, what: str | None, count: float | int, *look: Any) -> Iterator[tuple]:
         """Yield while pictures are read, so that the person can stop it."""
-        with _telling():
+        try:
             if not what:
                 raise ValueError("There is no cluster to look for: choose one, or type it, such as L8/C28.")
             for step in self.explorer.scan(folder, what, int(count), Look(*look)):
                 lines = [f"{step.read} of {step.all} pictures", *step.problems.values()]
                 yield gr.skip() if step.cards is None else _gallery(step.cards), "\n".join(lines)
+        except (ValueError, OSError) as error:
+            yield _tell(error), "nothing was found"
 
     def _place(self, layer: str) -> int | None:
         return self.layers.index(layer) if layer in self.layers else None

@@ -50,9 +50,13 @@ class Session:
         answer = self.client.post(f"{self.api}/queue/join", json=request)
         if answer.status_code != 200:
             raise Refused(f"{answer.status_code}: {answer.text}")
+        told = []
         with self.client.stream("GET", f"{self.api}/queue/data", params={"session_hash": self.hash}) as stream:
             for line in stream.iter_lines():
                 message = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                told += [message["log"]] if message.get("msg") == "log" else []
+                if message.get("msg") == "process_completed" and told:
+                    raise Refused(told[0])
                 if message.get("msg") == "process_completed":
                     if not message["success"]:
                         raise Refused(str(message["output"].get("error")))
