@@ -4,7 +4,7 @@ The page of `gift explore` asks here and draws the answers. Several people may d
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -17,6 +17,7 @@ from gift.data.pictures import Picture, PictureFile, picture_files, read_picture
 from gift.explain.names import ClusterNames, ClusterRef, Combination, combined_map
 from gift.explain.ranking import ClusterScales, RankedCluster, rank_for_image
 from gift.explain.render import Look, label_overlay, overlay
+from gift.explain.segments import label_maps
 from gift.explain.viewer import Seen, Viewer
 
 REFERENCE_PICTURES = 200  # that clusters are scaled by
@@ -179,9 +180,8 @@ class Explorer:
             strength = self._scales_of(opened, 0).strength(np.asarray(opened.seen[0].maps.maps))[0, layer, cluster]
             ref = ClusterRef(layer, cluster)
             return Card(ref, overlay(picture.shown, strength, look), names.label(ref))
-        all_maps = [] if reference is None else [np.asarray(reference.maps.maps)]
-        joined = np.concatenate([*all_maps, np.asarray(opened.seen[0].maps.maps)])
-        combined = combined_map(_of_members(joined, members), how)
+        seen = [*([] if reference is None else [reference]), opened.seen[0]]
+        combined = combined_map(np.concatenate([_of_members(each.maps.maps, members) for each in seen]), how)
         return Card(None, overlay(picture.shown, _strength(combined)[-1], look), f"{what}: {how} of {len(members)}")
 
     def draw_labels(self, opened: Opened, layer: int | None, opacity: float | int) -> Segmented:
@@ -190,12 +190,13 @@ class Explorer:
         if layer is None:
             best = rank_for_image(maps, 0, self._scales_of(opened, 0), 1)
             layer = best[0].layer if best else len(maps.layer_names) - 1
-        reference = self.sides[0].reference
-        if reference is not None:  # what is much for a cluster cannot be told from one picture
-            of_images = ("maps", "predictions", "logits", "image_sizes")
-            pairs = {name: (getattr(maps, name), getattr(reference.maps, name)) for name in of_images}
-            maps = replace(maps, **{name: np.concatenate(pair) for name, pair in pairs.items()})
-        labels = maps.segment(layer)
+        reference = self.sides[0].reference  # what is much for a cluster cannot be told from one picture
+        of_layer = [
+            np.asarray(each.maps[:, layer]) for each in (maps, *([] if reference is None else [reference.maps]))
+        ]
+        names = [str(maps.ref(layer, cluster)) for cluster in range(self.viewer.clusters)]
+        joined = np.concatenate(of_layer)
+        labels = label_maps(joined, names, [tuple(maps.image_sizes[0].tolist())] * len(joined))
         counts = np.bincount(labels.labels[0].ravel(), minlength=len(labels.names)) / labels.labels[0].size
         legend = [
             (labels.names[label], f"#{bytes(labels.palette[label]).hex()}", float(counts[label]))
@@ -312,7 +313,7 @@ class Explorer:
 def _of_members(
     maps: Float[np.ndarray, "batch layers clusters rows columns"], members: Sequence[tuple[int, int]]
 ) -> Float[np.ndarray, "batch members rows columns"]:
-    return np.stack([maps[:, layer, cluster] for layer, cluster in members], axis=1)
+    return np.stack([np.asarray(maps[:, layer, cluster]) for layer, cluster in members], axis=1)
 
 
 def _strength(maps: Float[np.ndarray, "batch rows columns"]) -> Float[np.ndarray, "batch rows columns"]:
