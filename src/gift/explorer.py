@@ -20,7 +20,7 @@ from gift.explain.names import HOWS, ClusterRef
 from gift.explain.render import COLOURS, OPACITY, Look
 
 ALL_LAYERS = "best of all layers"
-AT_ONCE = 2
+SCANS_AT_ONCE = 2
 KEPT_SECONDS = 1800  # how long drawn pictures and what somebody looks at are kept
 CSS = ".grid-wrap { padding-top: 2.2em !important; max-height: none !important; }"  # below the label, and whole
 
@@ -175,7 +175,12 @@ class _Page:
 
     def _wire(self) -> None:
         look = [self.colours, self.opacity, self.threshold]
-        heavy: dict[str, Any] = {"concurrency_limit": AT_ONCE, "concurrency_id": "look", "api_visibility": "private"}
+        heavy: dict[str, Any] = {
+            "concurrency_limit": 1,
+            "concurrency_id": "look",
+            "api_visibility": "private",
+        }  # in order
+        long: dict[str, Any] = {"concurrency_limit": SCANS_AT_ONCE, "api_visibility": "private"}
         of_picture = [self.opened, self.picture, self.name_of_picture, self.with_adapter, self.without]
         shown = [self.cards, self.refs, self.selected, self.large, self.selected_label, self.new_name, self.asked_for]
         shown += [self.own_cards, self.other_cards, self.other_prediction] if self.compares else []
@@ -212,7 +217,7 @@ class _Page:
             lambda *given: (yield from self._scan(*given)),  # pyright: ignore[reportReturnType]
             [self.folder, self.what, self.count, *look],
             [self.found, self.progress],
-            **heavy,
+            **long,
         )
         self.stop.click(lambda: "stopped", None, [self.progress], cancels=[scanning], api_visibility="private")
 

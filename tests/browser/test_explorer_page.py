@@ -102,7 +102,7 @@ def test_sliders_and_colours_change_what_is_drawn(open_page, address, picture):
     before = selected_pixels(page)
 
     def wait_for(grey):
-        for _ in range(200):
+        for _ in range(600):
             pixels = selected_pixels(page)
             if (np.ptp(pixels, axis=2).max() <= 12) == grey and not (grey is False and np.array_equal(pixels, before)):
                 return pixels
@@ -114,14 +114,14 @@ def test_sliders_and_colours_change_what_is_drawn(open_page, address, picture):
     set_slider(page, "opacity", 1)
     stronger = wait_for(grey=False)
     page.get_by_label("jet", exact=True).check()
-    for _ in range(200):
+    for _ in range(600):
         if not np.array_equal(selected_pixels(page), stronger):
             break
         page.wait_for_timeout(100)
     else:
         raise AssertionError("jet changed nothing")
     set_slider(page, "threshold", 1)
-    for _ in range(200):
+    for _ in range(600):
         if (np.ptp(selected_pixels(page), axis=2).max(axis=None) <= 12) or (
             (np.ptp(selected_pixels(page), axis=2) > 12).mean() < 0.2
         ):

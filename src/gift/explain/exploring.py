@@ -41,10 +41,6 @@ class Side:
         """Return what the adapter makes of a picture."""
         return self.viewer.see([read_picture(file, self.viewer.geometry)])
 
-    def scales(self, seen: Seen) -> ClusterScales:
-        """Return what is weak and strong for every cluster."""
-        return (self.reference or seen).scales()
-
 
 @dataclass(frozen=True, eq=False)
 class Opened:
@@ -116,7 +112,7 @@ class Explorer:
     def __init__(self, sides: Sequence[Side], folders: dict[str, list[PictureFile]]) -> None:
         self.sides, self.folders = tuple(sides), folders
         self._names_lock = Lock()
-        self._scales = [None if side.reference is None else side.scales(side.reference) for side in sides]
+        self._scales = [None if side.reference is None else side.reference.scales() for side in sides]
         shown = {picture.name for side in sides if side.reference is not None for picture in side.reference.pictures}
         self.examples = [file for files in folders.values() for file in files if file.name in shown][:EXAMPLES]
 

@@ -95,7 +95,7 @@ class Viewer:
         self.is_before_adaptation_known = explained.is_before_adaptation_known
         self.layer_names = tuple(explained.assignments.matrices)
         self.clusters = explained.assignments.clusters
-        self.grid = explain_images(loaded.model, torch.zeros(1, 3, side, side), [0], [0]).maps.shape[3:]
+        explain_images(loaded.model, torch.zeros(1, 3, side, side), [0], [0])  # raises if there is no patch grid
 
     @classmethod
     def load(cls, adapter: Path | str, backbone: str | None = None, reading: str = READING) -> "Viewer":
