@@ -103,7 +103,7 @@ def test_methods_and_tasks_are_listed(capsys):
     main(["methods"])
     assert "toast-lite" in capsys.readouterr().out
     main(["data", "tasks"])
-    assert len(capsys.readouterr().out.splitlines()) == 25
+    assert len(capsys.readouterr().out.splitlines()) == 27
 
 
 @pytest.mark.slow

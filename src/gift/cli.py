@@ -135,7 +135,10 @@ def check(data: str, validation: str | None = None, test: str | None = None, roo
 
 
 def prepare(task: str, out: Path, source: Path | None = None, count: int | None = None, seed: int = 0) -> None:
-    """Bring a benchmark task into the form to train on, e.g. `gift data prepare cub --from CUB --out fgvc/cub`."""
+    """Bring a benchmark task into the form to train on, e.g. `gift data prepare cub --from CUB --out fgvc/cub`.
+
+    digits, rendered_flowers, dsprites_loc and dsprites_ori are made without `--from` and need no download.
+    """
     from gift.data.prepare import prepare_task  # noqa: PLC0415
 
     print(f"Wrote {prepare_task(task, source, out, count, seed)}.")
@@ -272,10 +275,53 @@ def explore(
     serve(open_explorer(adapter, images, compare, backbone), host, port, user)
 
 
+def benchmark(options: Any) -> None:
+    """Compare methods on the tasks of a suite, e.g. `gift benchmark offline --out benchmarks/offline --reduced true`.
+
+    Learning rate and weight decay are searched on validation images, then every seed trains on all and is tested once.
+    Stopped and started again with the same --out, it goes on. `--plan true` says first how long it would take.
+    """
+    from gift.benchmark.benchmark import run_benchmark  # noqa: PLC0415
+    from gift.benchmark.plan import describe_plan, plan_benchmark  # noqa: PLC0415
+
+    if options.plan:
+        print(describe_plan(plan_benchmark(options)))
+        return
+    run_benchmark(options, report=lambda text: print(text, flush=True))
+    print((options.out / "table.md").read_text())
+    print(f"Wrote {options.out}: runs.jsonl, table.md, table.csv, pareto.png, pareto.svg")
+
+
+def table(results: Path, reference: str | None = None, out: Path | None = None) -> None:
+    """Write the table of a benchmark, e.g. `gift benchmark table runs/offline --out table.csv`.
+
+    Args:
+        results: Folder of a benchmark, or its runs.jsonl.
+        reference: Method that differences are taken to; by default `lora` if it is there, else the first.
+        out: File to write, .md or .csv; by default the table is printed.
+    """
+    from gift.benchmark.outcome import write_table  # noqa: PLC0415
+
+    print(write_table(results, reference, out))
+
+
+def plot(results: Path, out: Path = Path("pareto.png")) -> None:
+    """Draw accuracy against trained parameters, e.g. `gift benchmark plot runs/offline --out pareto.svg`.
+
+    Args:
+        results: Folder of a benchmark, or its runs.jsonl.
+        out: File to write, .png or .svg.
+    """
+    from gift.benchmark.outcome import write_plot  # noqa: PLC0415
+
+    print(write_plot(results, out))
+
+
 Command = Callable[..., None]
 COMMANDS: dict[str, Command] = {
     **{"train": train, "evaluate": evaluate, "predict": predict, "merge": merge, "info": info, "methods": methods},
     **{"data check": check, "data prepare": prepare, "data tasks": tasks},
+    **{"benchmark table": table, "benchmark plot": plot, "benchmark": benchmark},
     **{"explain": explain, "explore": explore, "score": score, "convert": convert, "demo": demo},
 }
 
@@ -294,7 +340,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"gift: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
-        hint = " A training goes on when the same command is given again." if "train" in words[:1] else ""
+        what = {"train": "training", "benchmark": "benchmark"}.get("".join(words[:1]))
+        hint = f" A {what} goes on when the same command is given again." if what else ""
         print(f"gift: stopped.{hint}", file=sys.stderr)
         raise SystemExit(130) from error
 
@@ -347,12 +394,19 @@ def _add_arguments(parser: ArgumentParser, command: Command) -> Callable[[list[s
 
         add_train_arguments(parser)
         return lambda words: {"options": TrainOptions(**_values(parser, words, leave={"config"}))}
+    if command is benchmark:
+        from gift.benchmark.options import BenchmarkOptions, add_benchmark_arguments  # noqa: PLC0415
+
+        add_benchmark_arguments(parser)
+        return lambda words: {"options": BenchmarkOptions(**_values(parser, words))}
     if command is prepare:  # `from` is no name in Python
         parser.add_argument("task", help="Its name in `gift data tasks`.")
         parser.add_argument(
-            "--from", type=Path | None, help="Folder of archives or TFDS exports; none for drawn tasks."
+            "--from", type=Path | None, help="Folder of archives or TFDS exports; none for digits and drawn tasks."
         )
         parser.add_argument("--out", type=Path, required=True, help="Folder to write; must not exist.")
+        parser.add_argument("--count", type=int | None, help="Number of test images, where there is no --from.")
+        parser.add_argument("--seed", type=int, default=0, help="Of what is drawn, images or a validation part.")
         return lambda words: {{"from": "source"}.get(key, key): value for key, value in _values(parser, words).items()}
     if command in (explain, explore):  # words after --images are a list
         parser.add_function_arguments(command, as_group=False, skip={"images"})

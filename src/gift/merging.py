@@ -77,21 +77,29 @@ def merge(adapter: Path | str, out: Path | str, form: str = "transformers", back
 Run = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch classes"]]
 
 
+def without_adapter(model: PeftModel, method: str) -> PreTrainedModel:
+    """Return the model with its adapter merged into it, in place.
+
+    Raises:
+        ValueError: If the method cannot be merged.
+    """
+    try:
+        merged: Any = model.merge_and_unload(safe_merge=True)
+    except NotImplementedError as error:
+        raise ValueError(f"{method} cannot be merged: {error or 'PEFT does not know how'}.") from error
+    if any(isinstance(module, BaseTunerLayer) for module in merged.modules()):
+        raise ValueError(f"{method} left layers of its own in the model: it cannot be merged.")
+    return merged
+
+
 def _merged(loaded: LoadedAdapter) -> tuple[PreTrainedModel, Assignments | None]:
     """Return the model without adapter, and its clusters if it has some."""
-    model: Any = loaded.model
+    model = loaded.model
     if not isinstance(model, PeftModel):
         return model, None
     has_clusters = getattr(model.active_peft_config, "generator", None) in ("paca", "linear")
     clusters = explained_model(model, -1).assignments if has_clusters else None
-    try:
-        merged: Any = model.merge_and_unload(safe_merge=True)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{loaded.classifier.method} cannot be merged: {error or 'PEFT does not know how'}."
-        ) from error
-    if any(isinstance(module, BaseTunerLayer) for module in merged.modules()):
-        raise ValueError(f"{loaded.classifier.method} left layers of its own in the model: it cannot be merged.")
+    merged = without_adapter(model, loaded.classifier.method)
     return merged, None if clusters is None else with_fingerprints(clusters, merged)
 
 

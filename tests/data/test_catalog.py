@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from gift.data.catalog import TASKS, find_task, task_table
+from gift.data.offline import OFFLINE_TASKS
 from gift.data.vtab import SLICINGS
 
 VTAB = {
@@ -43,6 +44,15 @@ def test_train_and_validation_of_fgvc_are_the_official_training_part(name, class
     )
     if name != "oxford_flowers":  # which has an official validation part
         assert task.validation == -(-official_train // 10)
+
+
+def test_what_needs_no_download_has_800_and_200_images_as_vtab_and_can_be_made():
+    tasks = {name: task for name, task in TASKS.items() if task.suite == "offline"}
+    assert {name: (task.classes, task.train, task.validation, task.test) for name, task in tasks.items()} == {
+        "digits": (10, 800, 200, 797),
+        "rendered_flowers": (8, 800, 200, 800),
+    }
+    assert OFFLINE_TASKS.keys() == tasks.keys() | {"dsprites_loc", "dsprites_ori"}
 
 
 def test_every_row_is_whole_and_called_by_its_key():

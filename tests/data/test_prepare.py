@@ -11,6 +11,7 @@ from PIL import Image
 from gift.data import prepare
 from gift.data.catalog import TASKS
 from gift.data.dsprites import choose_sprites, draw_sprite, sprite_labels
+from gift.data.offline import OFFLINE_TASKS
 from gift.data.prepare import prepare_task
 from gift.data.splits import SplitOptions, read_splits
 from tests.data.official_archives import WRITERS, tar, zipped
@@ -126,10 +127,15 @@ def test_an_output_that_exists_is_refused_and_left_alone(dtd, tmp_path):
     [
         (("cifar100", None), "no task 'cifar100'"),
         (("dtd", "nowhere"), "no file or folder .*nowhere"),
-        (("dtd", None), "Only dsprites_loc and dsprites_ori are drawn, got 'dtd'"),
+        (("dtd", None), "dtd needs a source: only dsprites_loc, dsprites_ori, digits, rendered_flowers are made"),
         (("imagenet", "."), "imagenet needs no preparing"),
-        (("dtd", ".", 5), "count is of drawn sprites"),
+        (("imagenet", None), "imagenet needs no preparing"),
+        (("digits", "."), "digits is made without a source: leave it out"),
+        (("dtd", ".", 5), "count is of test images that are made without a source"),
         (("dsprites_loc", None, 0), "at least 1"),
+        (("digits", None, 798), "digits has at most 797 images for testing, got a count of 798"),
+        (("dsprites_ori", None, 737280), "dsprites_ori has at most 736280 images"),
+        (("rendered_flowers", None, 5, -1), "seed must be a whole number of at least 0, got -1"),
     ],
 )
 def test_what_cannot_be_prepared_is_refused(tmp_path, arguments, message):
@@ -253,6 +259,39 @@ def test_sprites_are_drawn_without_a_source(tmp_path):
     np.testing.assert_array_equal(pixels, draw_sprite(factors[1007]))
     assert len((out / "train800val200.txt").read_text().splitlines()) == 1000
     assert "not DeepMind's file" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "classes", "note"), [("digits", 10, "writer"), ("rendered_flowers", 8, "scene")])
+def test_digits_and_flowers_are_made_without_a_source_and_to_the_same_bytes(tmp_path, monkeypatch, name, classes, note):
+    shrink(monkeypatch, name, train=20, validation=10)
+    out = prepare_task(name, None, tmp_path / name, count=15, seed=3)
+    splits = read_splits(str(out), SplitOptions())
+    parts = (splits.train, splits.validation, splits.test)
+    labels = [label for _, label in OFFLINE_TASKS[name].examples(45, 3)]
+    assert [list(part["label"]) for part in parts] == [labels[:20], labels[20:30], labels[30:]]
+    assert splits.class_names == tuple(map(str, range(classes)))
+    assert note in (out / "README.md").read_text()
+    assert contents(out) == contents(prepare_task(name, None, tmp_path / "again", count=15, seed=3))
+
+
+def test_fewer_test_images_are_the_first_and_change_nothing_else(tmp_path, monkeypatch):
+    shrink(monkeypatch, "rendered_flowers", train=3, validation=2, test=6)
+    more = contents(prepare_task("rendered_flowers", None, tmp_path / "more"))
+    fewer = contents(prepare_task("rendered_flowers", None, tmp_path / "fewer", count=4))
+    assert more["test.txt"].startswith(fewer["test.txt"])
+    assert more.keys() - fewer.keys() == {"images/test/000004.png", "images/test/000005.png"}
+    changed = {"test.txt", "README.md", "sha256.txt"}
+    assert {path: more[path] for path in fewer if path not in changed} == {
+        path: fewer[path] for path in fewer if path not in changed
+    }
+
+
+def test_the_images_without_a_source_are_those_that_are_drawn(tmp_path, monkeypatch):
+    shrink(monkeypatch, "rendered_flowers", train=2, validation=1, test=2)
+    out = prepare_task("rendered_flowers", None, tmp_path / "made", seed=5)
+    written = "train800/000000 train800/000001 val200/000000 test/000000 test/000001"
+    for path, (pixels, _) in zip(written.split(), OFFLINE_TASKS["rendered_flowers"].examples(5, 5), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(out / f"images/{path}.png")), pixels)
 
 
 def test_the_images_of_an_export_of_dsprites_are_made_visible(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, V
 
 from gift import GiftConfig
 from gift.training.arguments import FinetuneOptions
-from gift.training.finetune import _with_head, finetune
+from gift.training.finetune import finetune, with_head
 from gift.training.loop import make_optimizer
 from gift.training.saver import CheckpointSaver
 from tests.models import make_images
@@ -130,7 +130,7 @@ def test_the_result_does_not_depend_on_what_ran_before_or_how_often_it_is_saved(
 
 
 def test_head_and_adapter_have_their_own_learning_rates_and_vectors_no_decay():
-    model = get_peft_model(make_backbone(), _with_head(make_backbone(), GiftConfig(**GIFT)))
+    model = get_peft_model(make_backbone(), with_head(make_backbone(), GiftConfig(**GIFT)))
     chosen = options("unused", learning_rate=0.1, head_learning_rate=0.2, weight_decay=0.3)
     groups = make_optimizer(model, chosen).param_groups
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -266,7 +266,7 @@ def test_a_model_that_cannot_be_trained_is_refused(tmp_path):
     with pytest.raises(ValueError, match="ViTModel has no classification head"):
         finetune(headless, None, Stripes(), None, options(tmp_path))
     with pytest.raises(ValueError, match="must be a transformers model"):
-        _with_head(torch.nn.Linear(2, 2), None)
+        with_head(torch.nn.Linear(2, 2), None)
     backbone = make_backbone()
     finetune(backbone, None, Stripes(8), None, options(tmp_path, epochs=1))
     with pytest.raises(ValueError, match="already has an adapter"):

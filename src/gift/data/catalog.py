@@ -1,4 +1,4 @@
-"""The benchmark tasks, one row each: FGVC (5), VTAB-1k (19) and ImageNet-1k.
+"""The benchmark tasks, one row each: FGVC (5), VTAB-1k (19), ImageNet-1k, and two that need no download.
 
 Where the facts were read (public repositories):
 
@@ -9,6 +9,7 @@ Where the facts were read (public repositories):
 * FGVC: KMnP/vpt, `README.md` and `src/data/datasets/json_dataset.py`. Its lists were not at hand, but for the training
   list of the flowers: for the other four tasks train + validation is the official training part, and validation a tenth
   of it, rounded up.
+* Digits: the description that scikit-learn 1.9 gives of them (`load_digits().DESCR`).
 * Hashes: tensorflow/datasets, `tensorflow_datasets/url_checksums/*.txt`.
 
 A licence is what the source says. "not verified" means that its page was not read for this file: read it before use.
@@ -28,16 +29,16 @@ class Task:
     Attributes:
         name: As folders of the task are called.
         title: For tables.
-        suite: `fgvc`, `vtab1k` or `imagenet`.
+        suite: `fgvc`, `vtab1k`, `imagenet` or `offline`, whose tasks are made without a source.
         group: `Natural`, `Specialized` or `Structured` in VTAB-1k, else empty.
         classes: Number of classes.
         train: Number of images for training while learning rates are searched; `validation` ones come on top.
         validation: Number of images that choices are made on; 0 where none are defined.
         test: Number of images that are reported.
-        source: Archives, or the name and version of a TFDS export.
+        source: Archives, the name and version of a TFDS export, or what makes the images.
         home: Page of the data set.
         licence: As the source states it, or that it was not verified.
-        preprocessing: What published numbers use.
+        preprocessing: What published numbers use, or that there are none.
         labels: How the label of an image is made.
         tfds: `name/version` or `name/config/version`, where only the first number of the version has to be matched.
         hashes: SHA-256 of published archives, by file name.
@@ -76,6 +77,12 @@ def _vtab(group: str, title: str, sizes: tuple[int, int], tfds: str, home: str, 
     counts = {"classes": sizes[0], "train": 800, "validation": 200, "test": sizes[1]}
     text = {"title": title, "source": f"TFDS {tfds}", "home": home, "labels": labels, "tfds": tfds}
     return {"suite": "vtab1k", "group": group, "preprocessing": _SQUASH, "licence": UNVERIFIED, **counts, **text}
+
+
+def _offline(title: str, sizes: tuple[int, int], source: str, home: str, licence: str, labels: str) -> dict:
+    counts = {"classes": sizes[0], "train": 800, "validation": 200, "test": sizes[1]}
+    text = {"title": title, "source": source, "home": home, "licence": licence, "labels": labels}
+    return {"suite": "offline", "group": "", "preprocessing": "there are none for these parts", **counts, **text}
 
 
 _CLEVR = ("clevr/3.1.0", "https://cs.stanford.edu/people/jcjohns/clevr/")
@@ -228,6 +235,22 @@ _ROWS: dict[str, dict] = {
         "preprocessing": _CROP,
         "labels": "class of the image; the official validation part is what is reported",
     },
+    "digits": _offline(
+        "Digits",
+        (10, 797),
+        "scikit-learn, load_digits",
+        "https://archive.ics.uci.edu/ml/datasets/Optical+Recognition+of+Handwritten+Digits",
+        f"{UNVERIFIED} (the description that comes with scikit-learn names none)",
+        "the digit; 8 x 8 pixels enlarged to 64 x 64",
+    ),
+    "rendered_flowers": _offline(
+        "Drawn flowers",
+        (8, 800),
+        "drawn by gift.data.rendered",
+        "the package gift-peft",
+        "Apache-2.0, as the package",
+        "species: all combinations of two kinds each of petals, centre and leaves",
+    ),
 }
 
 TASKS: dict[str, Task] = {name: Task(name=name, **row) for name, row in _ROWS.items()}

@@ -3,7 +3,7 @@
 * VTAB-1k: from a TFDS export, or from the `vtab-1k` archive or folder that is passed around, which is checked:
   `images/`, `train800.txt`, `val200.txt`, `train800val200.txt`, `test.txt`, lines `path label` with labels from 0.
 * FGVC: from the official archives, packed or not: images, `train.json`, `val.json`, `test.json`, {path: class from 1}.
-* dsprites_loc and dsprites_ori can be drawn without a source.
+* digits, rendered_flowers, dsprites_loc and dsprites_ori are made without a source, in the form of VTAB-1k.
 
 A `README.md` says what was made from what, `sha256.txt` can be checked with `sha256sum -c`. One source makes the same
 bytes every time. The folder is built under another name and renamed when everything has been checked.
@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ from PIL import Image
 
 from gift.data.archives import ARCHIVES, Source, is_inside, unpack
 from gift.data.catalog import Task, find_task
-from gift.data.dsprites import choose_sprites, draw_sprite, sprite_labels
 from gift.data.official import read_official
+from gift.data.offline import OFFLINE_TASKS, OfflineTask
 from gift.data.tfds import open_export
 from gift.data.vtab import SLICINGS, labelled_examples
+from gift.tuner.options import check_number
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +53,11 @@ def prepare_task(task: str, source: Path | None, out: Path, count: int | None = 
 
     Args:
         task: Its name in `gift.data.catalog.TASKS`.
-        source: A folder of archives, of what was in them, or of TFDS exports; or an archive. None draws sprites.
+        source: A folder of archives, of what was in them, or of TFDS exports; or an archive. None for a task of
+            `gift.data.offline.OFFLINE_TASKS`.
         out: The folder to make, which may not exist yet.
-        count: Number of drawn sprites for testing; as many as VTAB has if it is None.
-        seed: Of drawn sprites, and of a validation part where the source has none.
+        count: Number of images for testing if there is no source; as many as the catalogue says if it is None.
+        seed: Of what is drawn, and of a validation part where the source has none.
 
     Raises:
         ValueError: If there is no such task, the source lacks something, is damaged or does not fit the catalogue, or
@@ -62,12 +65,7 @@ def prepare_task(task: str, source: Path | None, out: Path, count: int | None = 
         OSError: If `out` cannot be written.
     """
     row, out = find_task(task), Path(out)
-    if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} exists: remove it, or choose another folder.")
-    if source is not None and not Path(source).exists():
-        raise ValueError(f"There is no file or folder {source}.")
-    if count is not None and (source is not None or count < 1):
-        raise ValueError(f"A count is of drawn sprites, at least 1; got {count} with the source {source}.")
+    _check_request(source, out, count, seed)
     if count is not None:
         row = replace(row, test=count)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,14 +81,27 @@ def prepare_task(task: str, source: Path | None, out: Path, count: int | None = 
     return out
 
 
+def _check_request(source: Path | None, out: Path, count: int | None, seed: int) -> None:
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists: remove it, or choose another folder.")
+    if source is not None and not Path(source).exists():
+        raise ValueError(f"There is no file or folder {source}.")
+    if count is not None and (source is not None or count < 1):
+        wanted = "A count is of test images that are made without a source, at least 1"
+        raise ValueError(f"{wanted}; got {count} with the source {source}.")
+    check_number("seed", seed, smallest=0, whole=True)
+
+
 def _build(task: Task, source: Path | None, folder: Path, seed: int) -> _Built:
     scratch = folder.parent / "unpacked"
+    if task.suite == "imagenet":
+        raise ValueError(f"{task.name} needs no preparing: unpack it, and read its folders of classes.")
     if source is None:
-        return _write_vtab(folder, _draw(task, seed), "Our own sprites, not DeepMind's file; see gift.data.dsprites.")
+        return _build_offline(task, folder, seed)
     if task.suite == "fgvc":
         return _build_fgvc(task, Source(source, scratch, task.hashes), folder, seed)
-    if task.suite != "vtab1k":
-        raise ValueError(f"{task.name} needs no preparing: unpack it, and read its folders of classes.")
+    if task.suite == "offline":
+        raise ValueError(f"{task.name} is made without a source: leave it out, got {source}.")
     if (found := _vtab_folder(task, source, scratch)) is not None:
         return _take_over(found, folder)
     export = open_export(source, task.tfds)
@@ -99,14 +110,24 @@ def _build(task: Task, source: Path | None, folder: Path, seed: int) -> _Built:
     return _write_vtab(folder, examples, f"From TFDS {'/'.join((task.tfds.rsplit('/', 1)[0], export.folder.name))}.")
 
 
-def _draw(task: Task, seed: int) -> dict[str, Iterator[Example]]:
-    factors = choose_sprites(task.train + task.validation + task.test, seed)
-    labels, begin = sprite_labels(task.name, factors).tolist(), 0
-    parts: dict[str, Iterator[Example]] = {}
-    for part, size in {"train800": task.train, "val200": task.validation, "test": task.test}.items():
-        chosen = range(begin, begin := begin + size)
-        parts[part] = ((f"sprite {index}", _as_png(draw_sprite(factors[index])), labels[index]) for index in chosen)
-    return parts
+def _build_offline(task: Task, folder: Path, seed: int) -> _Built:
+    if task.name not in OFFLINE_TASKS:
+        raise ValueError(f"{task.name} needs a source: only {', '.join(OFFLINE_TASKS)} are made without one.")
+    offline, count = OFFLINE_TASKS[task.name], task.train + task.validation + task.test
+    if count > offline.available:
+        most = offline.available - task.train - task.validation
+        raise ValueError(f"{task.name} has at most {most} images for testing, got a count of {task.test}.")
+    return _write_vtab(folder, _cut(task, offline, count, seed), offline.note)
+
+
+def _cut(task: Task, offline: OfflineTask, count: int, seed: int) -> dict[str, Iterator[Example]]:
+    """Return the parts, which follow one another in one iterator and have to be read in this order."""
+    examples = (
+        (f"image {index} of {task.name}", _as_png(pixels), label)
+        for index, (pixels, label) in enumerate(offline.examples(count, seed))
+    )
+    sizes = {"train800": task.train, "val200": task.validation, "test": task.test}
+    return {part: islice(examples, size) for part, size in sizes.items()}
 
 
 def _as_png(pixels: np.ndarray) -> bytes:

@@ -123,10 +123,12 @@ class Surroundings:
     Attributes:
         about: What else decides the result, by name: a run is continued only if all of it is the same.
         write_beside: Writes further files into the folder of the adapter, before it counts as complete.
+        after_epoch: Called after the evaluation of an epoch with its number, from 1, and the accuracy; or None.
     """
 
     about: Mapping[str, Any] = field(default_factory=dict)
     write_beside: Callable[[Path], None] = lambda folder: None
+    after_epoch: Callable[[int, float], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@
 import copy
 import hashlib
 import json
-import re
-import resource
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib.metadata import version
@@ -21,7 +19,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -34,6 +32,7 @@ from gift.training.folder import delete_unneeded, prepare_once, write, write_fol
 from gift.training.items import CheckedItems, Items
 from gift.training.loop import (
     AdapterTrainer,
+    EpochWatcher,
     accuracy,
     check_terms,
     head_names,
@@ -41,6 +40,7 @@ from gift.training.loop import (
     make_optimizer,
     training_arguments,
 )
+from gift.training.memory import peak_memory_mb
 from gift.training.saver import CheckpointSaver
 
 PACKAGES = ("gift-peft", "torch", "transformers", "peft", "accelerate", "timm")
@@ -88,7 +88,7 @@ def finetune(
     """
     folder = Path(options.output_dir)
     checkpoints, metrics_file = folder / "checkpoints", folder / "metrics.json"
-    config = _with_reconstruction(_with_head(backbone, config), options)
+    config = _with_reconstruction(with_head(backbone, config), options)
     result_dir = folder / ("model" if config == "full" else "adapter")
     classes = int(backbone.config.num_labels or 0)
     train_items = CheckedItems("train", train, classes)
@@ -103,7 +103,7 @@ def finetune(
         prepare_once(folder, run, options)
         return FinetuneResult(_load(backbone, result_dir), json.loads(metrics_file.read_text()), result_dir)
 
-    model = _make_model(backbone, config, options)
+    model = make_model(backbone, config, options)
     prepare_once(folder, run, options)  # only now: what cannot be trained deletes nothing
     saver = CheckpointSaver(checkpoints, options)
     average = MovingAverage(model, options.ema, saver.latest) if options.ema else None
@@ -114,7 +114,7 @@ def finetune(
         eval_dataset=evaluation_items,
         compute_metrics=accuracy,
         preprocess_logits_for_metrics=lambda logits, _: logits.argmax(dim=-1),
-        callbacks=[*([average] if average else []), saver, *_tensorboard(folder, options)],  # the saver marks
+        callbacks=[*([average] if average else []), saver, *_watchers(folder, options, surroundings)],
         optimizers=(make_optimizer(model, options), None),
     )
     trainer.set_up(model, options, average)
@@ -140,7 +140,7 @@ def finetune(
     return FinetuneResult(model.eval(), metrics, result_dir)
 
 
-def _make_model(backbone: PreTrainedModel, config: PeftConfig | Full, options: FinetuneOptions) -> Any:
+def make_model(backbone: PreTrainedModel, config: PeftConfig | Full, options: FinetuneOptions) -> Any:
     """Return what is trained, made from the seed."""
     set_seed(options.seed)
     try:
@@ -157,7 +157,7 @@ def _save(model: Any, folder: Path, surroundings: Surroundings) -> None:
     surroundings.write_beside(folder)
 
 
-def _with_head(backbone: nn.Module, config: PeftConfig | Full | None) -> PeftConfig | Full:
+def with_head(backbone: nn.Module, config: PeftConfig | Full | None) -> PeftConfig | Full:
     """Return a copy of the configuration that trains the classification head too, unless it says what to train."""
     check(isinstance(backbone, PreTrainedModel), f"backbone must be a transformers model, got {type(backbone)}.")
     is_adapted = any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in backbone.modules())
@@ -183,12 +183,15 @@ def _with_reconstruction(config: PeftConfig | Full, options: FinetuneOptions) ->
     return config
 
 
-def _tensorboard(folder: Path, options: FinetuneOptions) -> list[TensorBoardCallback]:
-    if not options.tensorboard:
-        return []
-    callback = TensorBoardCallback()
-    callback.logging_dir = str(folder / "tensorboard")
-    return [callback]
+def _watchers(folder: Path, options: FinetuneOptions, surroundings: Surroundings) -> list[TrainerCallback]:
+    """Return what is told how the training goes."""
+    watchers: list[TrainerCallback] = []
+    if options.tensorboard:
+        watchers.append(TensorBoardCallback())
+        watchers[-1].logging_dir = str(folder / "tensorboard")  # type: ignore[attr-defined]
+    if surroundings.after_epoch is not None:
+        watchers.append(EpochWatcher(surroundings.after_epoch))
+    return watchers
 
 
 def _load(backbone: PreTrainedModel, result_dir: Path) -> PeftModel | PreTrainedModel:
@@ -258,7 +261,7 @@ def _describe_result(
         "seconds": round(saver.seconds(), 3),
         "epochs": round(max((entry["epoch"] for entry in log), default=0)),
         "best_epoch": saver.best["epoch"] if options.select_best and saver.best else None,
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
         "seed": options.seed,
         "options": asdict(options) | {"output_dir": str(options.output_dir)},
         "versions": {package: version(package) for package in PACKAGES},
@@ -271,13 +274,3 @@ def _method_of(model: nn.Module) -> str:
     config = model.active_peft_config
     is_probe = getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES
     return "linear probe" if is_probe else str(config.peft_type.value)  # type: ignore[union-attr]
-
-
-def _peak_memory_mb() -> int:
-    """Return the most memory that was in use: of the accelerator, or else of this process since it began."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 1e6)
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux; what getrusage says there begins with the memory of the program that started this one
-        return round(int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024 / 1e6)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # macOS counts in bytes

@@ -11,7 +11,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from gift.backbones import classification_heads
 from gift.baselines.toast import feedback_reconstruction
@@ -98,6 +105,20 @@ class AdapterTrainer(Trainer):
             f"{self.args.num_train_epochs:g}), so training was stopped; {kept}. Lower learning_rate, or train in "
             "float32, in another output_dir."
         )
+
+
+class EpochWatcher(TrainerCallback):
+    """Tells a function the number of each epoch that was evaluated, from 1, and its accuracy."""
+
+    def __init__(self, after_epoch: Callable[[int, float], None]) -> None:
+        self.after_epoch, self.told = after_epoch, 0
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Tell the function, once for every epoch: the last is evaluated again when training is over."""
+        epoch = round(state.epoch or 0)
+        if epoch > self.told:
+            self.told = epoch
+            self.after_epoch(epoch, given["metrics"]["eval_accuracy"])
 
 
 def check_terms(model: nn.Module, options: FinetuneOptions) -> None:

@@ -29,6 +29,7 @@ class TrainOptions(FinetuneOptions):
         validation_share: Share of every class of the training images that is kept for validation if the data have no
             validation images; 0 keeps none.
         train_on_validation: Whether to train on the validation images too; nothing is then left to choose by.
+        evaluate_test: Whether to measure on the test images at the end; a search of options should not look at them.
         skip_damaged: Whether to leave out images that cannot be read, and say which, instead of stopping.
         model: Backbone: `small` (comes with the package), a hub id, a name of timm, or a local folder.
         drop_path: Rate of stochastic depth in the last block, rising linearly from the first.
@@ -46,6 +47,7 @@ class TrainOptions(FinetuneOptions):
     root: Path | str = "data"
     validation_share: float | int = 0.1
     train_on_validation: bool = False
+    evaluate_test: bool = True
     skip_damaged: bool = False
     model: str = SMALL
     drop_path: float | int = 0

@@ -13,6 +13,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -56,8 +57,13 @@ class TrainResult:
     notes: tuple[str, ...]
 
 
-def train(options: TrainOptions) -> TrainResult:
+def train(options: TrainOptions, after_epoch: Callable[[int, float], None] | None = None) -> TrainResult:
     """Train on a data set, or go on with a run that was killed, and write its folder.
+
+    Args:
+        options: What to train on, and how.
+        after_epoch: Called with the number of the epoch and the accuracy on the validation images, where every epoch
+            ends with an evaluation.
 
     Raises:
         ValueError: If the data, the backbone or the method cannot be used, or the loss is not finite.
@@ -76,12 +82,12 @@ def train(options: TrainOptions) -> TrainResult:
     items = {
         name: ImageItems(split, geometry, name == "train", options.feeding)
         for name, split in _named(splits).items()
-        if split is not None
+        if split is not None and (name != "test" or options.evaluate_test)
     }
     classifier = Classifier(portable_name(options.model), options.method, splits.class_names, geometry)
     about = _about(options, splits, classifier)
-    surroundings = Surroundings(about, lambda folder: _write_beside(folder, classifier))
-    told = _finetune_options(options)
+    surroundings = Surroundings(about, lambda folder: _write_beside(folder, classifier), after_epoch)
+    told = finetune_options(options)
     run = finetune(backbone, config, items["train"], items.get("validation"), told, surroundings)
     if not PartialState().is_main_process:  # under torchrun one process tests and writes
         return TrainResult(run, {}, (), splits.notes)
@@ -101,7 +107,8 @@ def _named(splits: Splits) -> dict[str, Dataset | None]:
     return {"train": splits.train, "validation": splits.validation, "test": splits.test}
 
 
-def _finetune_options(options: TrainOptions) -> FinetuneOptions:
+def finetune_options(options: TrainOptions) -> FinetuneOptions:
+    """Return the options of the run itself."""
     own = FinetuneOptions.__dataclass_fields__
     return FinetuneOptions(**{name: getattr(options, name) for name in own})
 

@@ -1,0 +1,1 @@
+"""Methods compared on the tasks of a suite: `gift benchmark`."""

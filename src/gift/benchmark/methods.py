@@ -1,0 +1,109 @@
+"""What `--methods` names: a way to fine-tune, its options, its title in tables, the learning rates to search."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import yaml
+
+from gift.baselines.methods import LORA_DEFAULTS, method_config
+from gift.baselines.toast import ToastConfig
+from gift.baselines.vpt import VptConfig
+from gift.benchmark.suites import Protocol
+from gift.pretrained import load_backbone
+from gift.training.options import TrainOptions
+from gift.tuner.config import GiftConfig
+
+OF_TRAINING = "train."
+ALIASES = {"gift-paca": ("gift", {"generator": "paca"}), "gift-linear": ("gift", {"generator": "linear"})}
+DEFAULT_METHODS = ("linear-probe", "bitfit", "lora", "vpt-deep", "toast-lite", "gift-paca", "gift-linear")
+_TITLES = {"linear-probe": "linear probe", "full": "full fine-tuning", "bitfit": "BitFit", "lora": "LoRA"}
+_TITLES |= {"dora": "DoRA", "vera": "VeRA", "vpt-deep": "VPT-deep", "vpt-shallow": "VPT-shallow"}
+_TITLES |= {"toast": "TOAST", "toast-lite": "TOAST-lite", "gift": "GIFT"}
+
+
+@dataclass(frozen=True)
+class BenchmarkMethod:
+    """A method of a benchmark.
+
+    Attributes:
+        name: As it was asked for; results are stored under it.
+        title: For tables.
+        options: Of `gift train`: the method, its options and how it is trained.
+        rates: Learning rates to search, ascending.
+    """
+
+    name: str
+    title: str
+    options: dict[str, Any]
+    rates: tuple[float, ...]
+
+
+def read_methods(names: Sequence[str], protocol: Protocol) -> list[BenchmarkMethod]:
+    """Return the methods that are asked for.
+
+    Args:
+        names: Each `NAME` or `NAME:OPTION=VALUE,...`, such as `lora:r=4` or `gift-paca:r=8,num_clusters=32`; NAME as
+            for `gift train --method`, or `gift-paca`, `gift-linear`. An option `train.NAME` is one of `gift train`:
+            `gift-paca:train.warmup_ratio=0.2`.
+        protocol: Of the suite.
+
+    Raises:
+        ValueError: If a method or an option is unknown or stands there twice.
+    """
+    doubled = sorted({name for name in names if list(names).count(name) > 1})
+    if doubled or not names:
+        raise ValueError(f"Name each method once{f', got {doubled[0]} twice' if doubled else ', got none'}.")
+    return [_read_method(name, protocol) for name in names]
+
+
+def _read_method(name: str, protocol: Protocol) -> BenchmarkMethod:
+    given, _, text = name.partition(":")
+    method, fixed = ALIASES.get(given, (given.lower(), {}))
+    own, of_training = {}, {}
+    for part in re.split(r",(?![^\[]*\])", text) if text else ():
+        key, found, value = part.partition("=")
+        if not found or not key.strip():
+            raise ValueError(f"The method {name!r} must read NAME:OPTION=VALUE,OPTION=VALUE; {part!r} is no option.")
+        is_of_training = key.strip().startswith(OF_TRAINING)
+        (of_training if is_of_training else own)[key.strip().removeprefix(OF_TRAINING)] = yaml.safe_load(value)
+    _check_training(name, of_training)
+    of_method = dict(protocol.of_methods.get(method, {}))
+    method_options = {**of_method.pop("method_options", {}), **fixed, **own}
+    options = {**protocol.options, **of_method, **of_training, "method": method, "method_options": method_options}
+    title = _title(method, method_options, own | of_training)
+    return BenchmarkMethod(name, title, options, protocol.rates_of(method))
+
+
+def _check_training(name: str, options: dict[str, Any]) -> None:
+    known = {one.name for one in fields(TrainOptions)}
+    searched = ("output_dir", "data", "method", "method_options", "seed", "learning_rate", "weight_decay")
+    for option in options:
+        if option not in known or option in searched:
+            why = "is set by the benchmark" if option in searched else "is no option of `gift train`"
+            raise ValueError(f"{OF_TRAINING}{option} in the method {name!r} {why}.")
+
+
+def _title(method: str, options: dict[str, Any], named: dict[str, Any]) -> str:
+    """Return what a method is called in tables: with its size, and with whatever was named beyond that."""
+    title, sizes = _TITLES.get(method, method), {}
+    if method == "gift":
+        config = GiftConfig(**options)
+        title += f" {config.generator}"
+        sizes = {"r": config.r} | ({"M": config.num_clusters} if config.generator == "paca" else {})
+    elif method in ("lora", "dora"):
+        sizes = {"r": options.get("r", LORA_DEFAULTS["r"])}
+    elif method.startswith("vpt"):
+        sizes = {"p": options.get("num_prompts", VptConfig().num_prompts)}
+    elif method.startswith("toast"):
+        title += ", pre-trained feedback" if options.get("feedback", ToastConfig().feedback) else ", random feedback"
+    shown = {"generator", "r", "num_clusters", "num_prompts", "feedback"}
+    more = {key: value for key, value in named.items() if key not in shown or method not in _TITLES}
+    return " ".join([title, *(f"{key}={value}" for key, value in {**sizes, **more}.items())])
+
+
+def check_methods(methods: Sequence[BenchmarkMethod], model: str) -> None:
+    """Raise ValueError, before anything is trained, if a method or one of its options does not go with the backbone."""
+    for method in methods:
+        method_config(method.options["method"], load_backbone(model, ("a", "b")), method.options["method_options"])

@@ -1,0 +1,52 @@
+"""What a benchmark comes to, as files: the table and the plot of its lines."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gift.benchmark.plots import draw_pareto
+from gift.benchmark.record import read_lines
+from gift.benchmark.runs import Line
+from gift.benchmark.tables import Summary, csv_text, markdown, summarise
+from gift.training.folder import write
+
+REFERENCE = "lora"  # where it is among the methods
+FORMATS = {".md": markdown, ".csv": csv_text}
+
+
+def summary_of(lines: Sequence[Line], reference: str | None = None) -> Summary:
+    """Return what lines come to, with differences to `reference`, or to LoRA, or to the first method."""
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    return summarise(lines, reference or (REFERENCE if REFERENCE in methods or not methods else methods[0]))
+
+
+def write_outcome(lines: Sequence[Line], out: Path, reference: str | None) -> None:
+    """Write the table as Markdown and CSV, and the plot as PNG and SVG."""
+    summary = summary_of(lines, reference)
+    for kind, as_text in FORMATS.items():
+        write(out / f"table{kind}", as_text(summary))
+    for kind in ("png", "svg"):
+        draw_pareto(summary, out / f"pareto.{kind}")
+
+
+def write_table(results: Path, reference: str | None, out: Path | None) -> str:
+    """Return the table of results in Markdown, or write it and say where.
+
+    Raises:
+        ValueError: If there are no results, or `out` is no .md or .csv.
+    """
+    if out is not None and out.suffix not in FORMATS:
+        raise ValueError(f"A table is written as {' or '.join(FORMATS)}, got {out}.")
+    summary = summary_of(read_lines(results), reference)
+    if out is None:
+        return markdown(summary)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write(out, FORMATS[out.suffix](summary))
+    return f"Wrote {out}."
+
+
+def write_plot(results: Path, out: Path) -> str:
+    """Draw results, and say where."""
+    summary = summary_of(read_lines(results))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_pareto(summary, out)
+    return f"Wrote {out}."

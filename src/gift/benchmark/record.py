@@ -1,0 +1,97 @@
+"""The results of a benchmark: one JSON object a line, one line a run."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gift.benchmark.runs import Line, Run
+from gift.training.folder import write
+
+FILE = "runs.jsonl"
+
+
+def read_lines(results: Path) -> list[Line]:
+    """Return the lines of a file, or of `runs.jsonl` in the folder of a benchmark.
+
+    Raises:
+        ValueError: If there is no such file, or a line is no result.
+    """
+    path = results / FILE if results.is_dir() else results
+    if not path.is_file():
+        raise ValueError(f"There are no results at {results}: name the folder of a benchmark, or its {FILE}.")
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+            lines[-1]["id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"Line {number} of {path} is no result: {error}. Delete it to have it run again."
+            ) from error
+    return lines
+
+
+class Record:
+    """The lines of a benchmark that goes on: what is written is never lost, nor ever half a line.
+
+    Args:
+        out: Folder of the benchmark.
+
+    Attributes:
+        lines: By id of the run.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / FILE
+        self.lines: dict[str, Line] = {line["id"]: line for line in read_lines(out)} if self.path.exists() else {}
+
+    def add(self, line: Line) -> None:
+        """Write a line: the file is replaced by a longer one, which is on the disk by then."""
+        self.lines[line["id"]] = line
+        write(self.path, "".join(f"{json.dumps(one)}\n" for one in self.lines.values()))
+
+    def missing(self, runs: list[Run]) -> list[Run]:
+        """Return the runs that have no line yet.
+
+        Raises:
+            ValueError: If a run has the line of another one: of other options, or on other images.
+        """
+        for run in runs:
+            _check_same(self.path, run, self.lines.get(run.id))
+        return [run for run in runs if run.id not in self.lines]
+
+
+def _check_same(path: Path, run: Run, line: Line | None) -> None:
+    if line is None:
+        return
+    now, then = (_flat(json.loads(json.dumps(it, default=str))) for it in (run.described(), line))
+    # Options that came after the line was written have their defaults.
+    names = [name for name, value in now.items() if name in then and then[name] != value]
+    if names:
+        differences = "; ".join(f"{name} was {then[name]!r}, now {now[name]!r}" for name in names)
+        raise ValueError(f"{path} has {run.id} of other options: {differences}. Name another folder with --out.")
+
+
+def _flat(line: Line) -> Line:
+    """Return a line with the options of its configuration beside the rest; titles are only words."""
+    return {**{key: value for key, value in line.items() if key not in ("config", "title")}, **line["config"]}
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep others from running a benchmark in this folder; the lock ends with the process, however that ends.
+
+    Raises:
+        ValueError: If another process holds it, or the folder holds something else.
+    """
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".lock").exists())):
+        raise ValueError(f"{out} exists and is no folder of a benchmark: name another with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"A benchmark is running in {out} already: wait for it, or stop it.") from error
+        yield

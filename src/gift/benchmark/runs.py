@@ -1,0 +1,136 @@
+"""The runs of a benchmark: which there are, and the line that each leaves in the results."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from gift.benchmark.methods import BenchmarkMethod
+from gift.benchmark.tasks import VALIDATION_SHARE, BenchmarkTask
+from gift.training.options import TrainOptions
+
+SEARCH, TEST = "search", "test"
+SEARCH_SEED = 100  # of all searches; no seed of a final run
+# What does not decide a result, or is said elsewhere in a line.
+_NOT_IN_LINES = ("output_dir", "data", "root", "save_every_epochs", "keep_checkpoints", "resume", "progress")
+_NOT_IN_LINES += ("tensorboard", "evaluate_every_epoch", "evaluate_test", "learning_rate", "weight_decay", "seed")
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        suite: Name of the suite.
+        task: What is learned.
+        method: By what.
+        phase: `search` (trained on the training images, measured on the validation images) or `test` (trained on both,
+            measured on the test images, once).
+        seed: Of head, adapter and the order of images.
+        learning_rate: Peak learning rate, of adapter and head.
+        weight_decay: Of matrices.
+        changes: Options of `gift train` that were set for the whole benchmark, such as `epochs`.
+    """
+
+    suite: str
+    task: BenchmarkTask
+    method: BenchmarkMethod
+    phase: str
+    seed: int
+    learning_rate: float
+    weight_decay: float
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """What tells the run from all others of a benchmark: task, method, phase, and what was tried or the seed."""
+        return f"{self.task.name}/{self.method.name}/{self.phase}/{self._tried}"
+
+    @property
+    def _tried(self) -> str:
+        if self.phase == TEST:
+            return f"seed={self.seed}"
+        return f"learning_rate={self.learning_rate:g},weight_decay={self.weight_decay:g}"
+
+    def folder(self, out: Path) -> Path:
+        """Return the folder that the training leaves."""
+        return out / "runs" / _as_file(self.task.name) / _as_file(self.method.name) / self.phase / self._tried
+
+    def options(self, out: Path) -> TrainOptions:
+        """Return what `gift train` is given."""
+        given = {"validation_share": VALIDATION_SHARE, **self.method.options, **self.task.options, **self.changes}
+        given |= {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay, "seed": self.seed}
+        is_test = self.phase == TEST
+        return TrainOptions(
+            **given,
+            data=self.task.source,
+            output_dir=str(self.folder(out)),
+            train_on_validation=is_test,
+            evaluate_test=is_test,
+            progress=False,
+        )
+
+    def described(self) -> Line:
+        """Return the part of the line that is known before the run: what it is a run of."""
+        config = {key: value for key, value in asdict(self.options(Path())).items() if key not in _NOT_IN_LINES}
+        named = {"id": self.id, "suite": self.suite, "task": self.task.name, "method": self.method.name}
+        named |= {"title": self.method.title, "phase": self.phase, "seed": self.seed}
+        rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        sizes = {"model": config["model"], "epochs": config["epochs"]}
+        return named | rates | sizes | {"config": config, "images_digest": self.task.digest}
+
+
+def _as_file(name: str) -> str:
+    """Return the name of a task or a method as a folder is called: none leads elsewhere, and no two become one."""
+    return quote(name, safe=",=+").replace(".", "%2E") if name.startswith(".") else quote(name, safe=",=+")
+
+
+def search_runs(
+    suite: str,
+    tasks: Sequence[BenchmarkTask],
+    methods: Sequence[BenchmarkMethod],
+    pairs: dict[str, list[tuple[float, float]]],
+    changes: dict[str, Any],
+) -> list[Run]:
+    """Return the search of every method on every task; `pairs` are the learning rates and decays by method."""
+    return [
+        Run(suite, task, method, SEARCH, SEARCH_SEED, rate, decay, changes)
+        for task in tasks
+        for method in methods
+        for rate, decay in pairs[method.name]
+    ]
+
+
+def final_runs(searches: Sequence[Run], lines: dict[str, Line], seeds: Sequence[int]) -> list[Run]:
+    """Return the runs on all images, one a seed, with what was best on validation images; `lines` are by id.
+
+    Of equal accuracies the smaller loss is better, then the smaller learning rate.
+
+    Raises:
+        ValueError: If every try of a search diverged.
+    """
+    best: dict[tuple[str, str], Run] = {}
+    for run in searches:
+        key = (run.task.name, run.method.name)
+        if key not in best or _rank(run, lines) < _rank(best[key], lines):
+            best[key] = run
+    lost = [run.id for run in best.values() if lines[run.id]["accuracy"] is None]
+    if lost:
+        raise ValueError(
+            f"Every try diverged, so nothing can be chosen: {lost[0].rpartition('/')[0]}. Try lower rates."
+        )
+    return [
+        Run(run.suite, run.task, run.method, TEST, seed, run.learning_rate, run.weight_decay, run.changes)
+        for run in best.values()
+        for seed in seeds
+    ]
+
+
+def _rank(run: Run, lines: dict[str, Line]) -> tuple[float, float, float]:
+    line = lines[run.id]
+    if line["accuracy"] is None:
+        return 1.0, 0.0, run.learning_rate
+    return -line["accuracy"], line["loss"], run.learning_rate
