@@ -89,18 +89,21 @@ def _title(method: str, options: dict[str, Any], named: dict[str, Any]) -> str:
     """Return what a method is called in tables: with its size, and with whatever was named beyond that."""
     title, sizes = _TITLES.get(method, method), {}
     if method == "gift":
-        config = GiftConfig(**options)
-        title += f" {config.generator}"
-        sizes = {"r": config.r} | ({"M": config.num_clusters} if config.generator == "paca" else {})
+        defaults = GiftConfig()
+        generator = options.get("generator", defaults.generator)
+        title += f" {generator}"
+        sizes = {"r": ("r", defaults.r)} | (
+            {"num_clusters": ("M", defaults.num_clusters)} if generator == "paca" else {}
+        )
     elif method in ("lora", "dora"):
-        sizes = {"r": options.get("r", LORA_DEFAULTS["r"])}
+        sizes = {"r": ("r", LORA_DEFAULTS["r"])}
     elif method.startswith("vpt"):
-        sizes = {"p": options.get("num_prompts", VptConfig().num_prompts)}
+        sizes = {"num_prompts": ("p", VptConfig().num_prompts)}
     elif method.startswith("toast"):
         title += ", pre-trained feedback" if options.get("feedback", ToastConfig().feedback) else ", random feedback"
-    shown = {"generator", "r", "num_clusters", "num_prompts", "feedback"}
-    more = {key: value for key, value in named.items() if key not in shown or method not in _TITLES}
-    return " ".join([title, *(f"{key}={value}" for key, value in {**sizes, **more}.items())])
+    said = {"generator", "feedback", *sizes} if method in _TITLES else set()
+    shown = [f"{sign}={options.get(key, default)}" for key, (sign, default) in sizes.items()]
+    return " ".join([title, *shown, *(f"{key}={value}" for key, value in named.items() if key not in said)])
 
 
 def check_methods(methods: Sequence[BenchmarkMethod], model: str) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from gift.adapters import read_classifier
 from gift.backbones import classification_heads
+from gift.benchmark.record import alone
 from gift.benchmark.runs import TEST, Line, Run
 from gift.merging import without_adapter
 from gift.pretrained import load_backbone
@@ -42,6 +43,11 @@ def perform(run: Run, out: Path, after_epoch: Callable[[int, float], None] | Non
             accuracy.
         OSError: If something cannot be written.
     """
+    with alone(run.folder(out)):
+        return _perform(run, out, after_epoch)
+
+
+def _perform(run: Run, out: Path, after_epoch: Callable[[int, float], None] | None) -> Line:
     is_own_peak = forget_peak_memory()
     options = replace(run.options(out), evaluate_every_epoch=after_epoch is not None)
     try:

@@ -49,7 +49,7 @@ class Record:
 
     def add(self, line: Line) -> None:
         """Write a line: the file is replaced by a longer one, which is on the disk by then."""
-        self.lines[line["id"]] = line
+        self.lines[line["id"]] = json.loads(json.dumps(line))
         write(self.path, "".join(f"{json.dumps(one)}\n" for one in self.lines.values()))
 
     def missing(self, runs: list[Run]) -> list[Run]:
@@ -86,7 +86,8 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         ValueError: If another process holds it, or the folder holds something else.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".lock").exists())):
+    is_own = (out / ".lock").exists() or (out / FILE).exists()
+    if out.exists() and not is_own and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is no folder of a benchmark: name another with --out.")
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("a") as file:
@@ -94,4 +95,13 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"A benchmark is running in {out} already: wait for it, or stop it.") from error
+        yield
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process does the run of this folder: one whose benchmark was killed may not know it yet."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
