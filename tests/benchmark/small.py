@@ -21,7 +21,8 @@ def small_options(out: Path, pictures: Path, backbone: Path, **changes) -> Bench
 def small_run(phase=SEARCH, seed=SEARCH_SEED, rate=0.01, decay=0.0, task="stripes", method="lora", **options) -> Run:
     of_method = {"model": "small", "epochs": 2, "method": method, "method_options": {}} | options
     one = BenchmarkMethod(method, method, of_method, (0.01,))
-    return Run("offline", BenchmarkTask(task, "stripes", 80, 20, 50, "abc"), one, phase, seed, rate, decay)
+    search = {"tries": 4, "scheduler": "fifo"}
+    return Run("offline", BenchmarkTask(task, "stripes", 80, 20, 50, "abc"), one, phase, seed, rate, decay, search)
 
 
 def final_run(seed=0, **changes) -> Run:

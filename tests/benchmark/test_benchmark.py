@@ -1,15 +1,18 @@
 """A whole benchmark, on a few pictures."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from gift.benchmark import benchmark
+from gift.benchmark import perform as perform_file
 from gift.benchmark.benchmark import run_benchmark
 from gift.benchmark.perform import forget_weights, perform
 from gift.benchmark.record import FILE, read_lines
+from gift.benchmark.runs import SEARCH, TEST
 from gift.cli import main
 from gift.evaluation import evaluate_adapter
 from gift.training.loop import TrainingDivergedError
@@ -109,21 +112,49 @@ def test_the_same_run_gives_the_same_line(complete, pictures, backbone, tmp_path
 
 
 def test_a_loss_that_is_not_finite_is_a_result_that_is_not_chosen(pictures, backbone, tmp_path, monkeypatch):
-    from gift.benchmark import perform as module  # noqa: PLC0415
+    train = perform_file.train
 
-    train = module.train
-
-    def diverging(options, after_epoch):
-        if options.method == "gift" and options.learning_rate < 0.01:
+    def diverge_at_low_rates(options, after_epoch):
+        if options.learning_rate < 0.01:
             raise TrainingDivergedError("The loss is nan.")
         return train(options, after_epoch)
 
-    monkeypatch.setattr(module, "train", diverging)
+    monkeypatch.setattr(perform_file, "train", diverge_at_low_rates)
     lines = run_benchmark(small_options(tmp_path / "out", pictures, backbone, methods=METHODS[1:], seeds=(0,)))
     assert [(line["accuracy"] is None, line["problem"]) for line in lines] == [
         *((True, "The loss is nan."), (False, None), (False, None))
     ]
     assert lines[-1]["learning_rate"] == lines[1]["learning_rate"]
+
+
+def diverging(monkeypatch, phase):
+    """Let every training of GIFT in that phase end with a loss that is not finite."""
+    train = perform_file.train
+
+    def train_or_diverge(options, after_epoch):
+        if options.method == "gift" and options.train_on_validation == (phase == TEST):
+            raise TrainingDivergedError("The loss is nan.")
+        return train(options, after_epoch)
+
+    monkeypatch.setattr(perform_file, "train", train_or_diverge)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", [SEARCH, TEST])
+def test_a_method_that_diverges_keeps_no_other_from_its_table(phase, pictures, backbone, tmp_path, monkeypatch):
+    diverging(monkeypatch, phase)
+    out, said = tmp_path / "out", []
+    lines = run_benchmark(small_options(out, pictures, backbone, seeds=(0,)), said.append)
+    assert [line["phase"] for line in lines if line["method"] == METHODS[0]] == [SEARCH, SEARCH, TEST]
+    text = (out / "table.md").read_text()
+    assert "| linear probe | 1 | 0 (0 %) |" in text
+    if phase == SEARCH:
+        assert f"stripes/{METHODS[1]}: no try came to an end" in said[-1]
+        assert "No test yet, and so not shown: gift-paca" in text
+    else:
+        assert "GIFT paca r=4 M=6 diverged on stripes seed 0 (The loss is nan.)" in text
+    keys = [list(line) for line in lines]
+    assert all(set(one) == set(keys[0]) for one in keys)
 
 
 @pytest.mark.slow
@@ -142,6 +173,22 @@ def test_an_error_stops_the_benchmark_and_the_next_start_goes_on(pictures, backb
     assert len(read_lines(options.out)) == 2
     assert len(run_benchmark(options)) == 6
     assert len(calls) == 7  # six runs, and the one that failed again
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_be_done_is_named_when_all_others_are(pictures, backbone, tmp_path, monkeypatch):
+    options = small_options(tmp_path / "out", pictures, backbone, seeds=(0,))
+
+    def failing(run, out):
+        if run.method.name == METHODS[1]:
+            raise ValueError("x.png cannot be read.")
+        return perform(run, out)
+
+    monkeypatch.setattr(benchmark, "perform", failing)
+    with pytest.raises(ValueError, match=r"2 of 5 runs failed: stripes/gift.*x.png cannot be read.*repeat only these"):
+        run_benchmark(options)
+    assert [line["method"] for line in read_lines(options.out)] == [METHODS[0]] * 3
+    assert "| linear probe |" in (options.out / "table.md").read_text()
 
 
 def test_forgotten_weights_let_a_run_be_trained_again(pictures, backbone, tmp_path):
@@ -195,3 +242,11 @@ def test_files_and_references_that_cannot_be_are_refused(words, complete, tmp_pa
         main(["benchmark", words[0], str(out), *words[1:]])
     assert "gift: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ray_that_is_not_installed_is_said_before_anything_is_trained(pictures, backbone, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "gift.benchmark.cluster", raising=False)
+    with pytest.raises(ValueError, match=r"need ray: pip install 'gift-peft\[cluster\]', or .* --ray none"):
+        run_benchmark(small_options(tmp_path / "out", pictures, backbone, ray="local"))
+    assert not (tmp_path / "out" / FILE).exists()

@@ -43,6 +43,11 @@ def test_options_are_read_as_yaml_and_reach_the_method_or_the_training():
     assert (method.options["method"], method.options["warmup_ratio"]) == ("gift", 0.3)
 
 
+def test_numbers_may_have_an_exponent():
+    assert read("lora:train.head_learning_rate=1e-3").options["head_learning_rate"] == 0.001
+    assert read("lora:lora_dropout=5E-1").options["method_options"] == {"lora_dropout": 0.5}
+
+
 def test_an_option_that_is_named_wins_over_that_of_the_suite():
     assert read("lora", VTAB).options["method_options"] == {"lora_alpha": 1}
     assert read("lora:lora_alpha=8", VTAB).options["method_options"] == {"lora_alpha": 8}
@@ -54,8 +59,10 @@ def test_an_option_that_is_named_wins_over_that_of_the_suite():
     [
         ("lora:r", "'r' is no option"),
         ("lora:=4", "is no option"),
-        ("lora:train.warmup=0.1", "is no option of `gift train`"),
-        ("lora:train.learning_rate=0.1", "is set by the benchmark"),
+        ("lora:train.warmup=0.1", "cannot be set for one method: head_learning_rate, warmup_ratio"),
+        ("lora:train.learning_rate=0.1", "cannot be set for one method"),
+        ("lora:train.epochs=9", "cannot be set for one method"),
+        ("lora:train.select_best=true", "cannot be set for one method"),
         ("gift:genrator=mlp", "generator"),
     ],
 )

@@ -2,6 +2,7 @@ import pytest
 
 from gift.benchmark import plan as module
 from gift.benchmark.benchmark import run_benchmark
+from gift.benchmark.options import room
 from gift.benchmark.plan import describe_plan, plan_benchmark
 from gift.cli import main
 from tests.benchmark.small import METHODS, small_options
@@ -62,3 +63,24 @@ def test_runs_at_once_divide_the_hours(at_known_speed, backbone, tmp_path):
     plan = plan_benchmark(options)
     assert plan.at_once >= 1
     assert f"about {plan.hours / plan.at_once:.1f} with {plan.at_once} at once" in describe_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("cores", "accelerators", "cpus", "gpus", "expected"),
+    [(8, 0, 1, 0, 8), (8, 0, 3, 0, 2), (8, 2, 1, 1, 2), (8, 2, 1, 0.5, 2), (2, 4, 1, 1, 2), (8, 1, 1, 2, 0)],
+)
+def test_a_host_has_room_for_as_many_runs_as_its_cores_and_accelerators(cores, accelerators, cpus, gpus, expected):
+    assert room(cores, accelerators, cpus, gpus) == expected
+
+
+def test_a_plan_without_room_for_a_run_is_refused(at_known_speed, backbone, tmp_path):
+    given = {"suite": "fgvc", "folders": (), "tasks": None, "ray": "local", "cpus_per_run": 1000}
+    with pytest.raises(ValueError, match="has no room for a run of 1000 cores"):
+        plan_benchmark(small_options(tmp_path / "out", tmp_path, backbone, **given))
+
+
+@pytest.mark.slow
+def test_a_plan_refuses_what_the_benchmark_would_refuse(at_known_speed, pictures, backbone, tmp_path):
+    run_benchmark(small_options(tmp_path / "out", pictures, backbone, methods=METHODS[:1], seeds=(0,), budget=1))
+    with pytest.raises(ValueError, match="epochs was 1, now 9"):
+        plan_benchmark(small_options(tmp_path / "out", pictures, backbone, methods=METHODS[:1], epochs=9, budget=1))

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.text import Annotation, Text
 
 from gift.benchmark.plots import draw_pareto, pareto_figure
-from gift.benchmark.tables import summarise
+from gift.benchmark.summary import summarise
 from gift.data.catalog import TASKS
 from tests.benchmark import results
 

@@ -1,7 +1,8 @@
 import pytest
 
 from gift.benchmark.published import is_published_model, published_notes, published_rows
-from gift.benchmark.tables import markdown, summarise
+from gift.benchmark.summary import summarise
+from gift.benchmark.tables import markdown
 from gift.data.catalog import TASKS
 from tests.benchmark import results
 

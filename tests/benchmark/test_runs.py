@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from gift.benchmark.record import FILE, Record, locked, read_lines
+from gift.benchmark import record as record_file
+from gift.benchmark.record import FILE, Record, alone, locked, read_lines
 from gift.benchmark.runs import SEARCH_SEED, final_runs, search_runs
 from tests.benchmark.small import final_run, small_run
 
@@ -30,12 +31,13 @@ def test_ids_tell_all_runs_of_a_benchmark_apart():
 
 
 @pytest.mark.parametrize(
-    "name", ["toast-lite:feedback=/tmp/../x", "lora:r=4", "..", "lora:target_modules=[a.b,c]", "a%2Fb"]
+    "name", ["toast-lite:feedback=/tmp/../x", "lora:r=4", "..", "lora:target_modules=[a.b,c]", "a%2Fb", 300 * "x"]
 )
 def test_the_folder_of_a_run_lies_three_folders_below_its_task_whatever_the_method_is_called(name, tmp_path):
     folder = small_run(method=name).folder(tmp_path)
     assert folder.resolve().relative_to(tmp_path).parts[:2] == ("runs", "stripes")
     assert len(folder.relative_to(tmp_path).parts) == 5
+    assert max(map(len, folder.parts)) <= 255
     others = {small_run(method=other).folder(tmp_path) for other in ("lora", "lora:r=4", "a/b", "a%2Fb", "a_b")}
     assert len(others) == 5
 
@@ -61,20 +63,24 @@ def test_the_best_on_validation_images_is_chosen(outcomes, rate):
     assert choose(*outcomes) == rate
 
 
-def test_nothing_is_chosen_where_every_try_diverged():
-    with pytest.raises(ValueError, match=r"Every try diverged.*stripes/lora/search"):
-        choose({"accuracy": None}, {"accuracy": None})
+def test_a_search_without_an_outcome_keeps_no_other_from_its_final_runs():
+    runs = [small_run(rate=rate, task=task) for task in ("a", "b", "c") for rate in (0.1, 0.2)]
+    diverged, unfinished = runs[0:2], runs[3]
+    lines = {run.id: finished(run, **({"accuracy": None} if run in diverged else {})) for run in runs}
+    del lines[unfinished.id]
+    assert [(run.task.name, run.seed) for run in final_runs(runs, lines, [0, 1])] == [("c", 0), ("c", 1)]
 
 
 def test_every_method_is_searched_on_every_task_by_its_own_rates():
     one = small_run()
     pairs = {one.method.name: [(0.1, 0.0), (0.2, 0.01)]}
-    runs = search_runs("offline", [one.task, small_run(task="b").task], [one.method], pairs, {"epochs": 7})
+    tasks = [one.task, small_run(task="b").task]
+    runs = search_runs("offline", tasks, [one.method], pairs, {"tries": 2}, {"epochs": 7})
     assert [(run.task.name, run.learning_rate, run.weight_decay) for run in runs] == [
         *(("stripes", 0.1, 0.0), ("stripes", 0.2, 0.01)),
         *(("b", 0.1, 0.0), ("b", 0.2, 0.01)),
     ]
-    assert {run.described()["epochs"] for run in runs} == {7}
+    assert {(run.described()["epochs"], run.described()["tries"]) for run in runs} == {(7, 2)}
 
 
 def test_lines_are_read_again_as_they_were_written(tmp_path):
@@ -100,6 +106,34 @@ def test_a_line_of_other_options_is_not_taken_for_the_run(changed, message, tmp_
     record.add(finished(small_run()))
     with pytest.raises(ValueError, match=message):
         record.missing([changed])
+
+
+@pytest.mark.parametrize(("name", "then"), [("tries", 24), ("scheduler", "asha"), ("epochs", 9), ("model", "other")])
+def test_lines_of_another_protocol_are_not_added_to(name, then, tmp_path):
+    record, other = Record(tmp_path), small_run(task="other")
+    record.add(finished(other) | {name: then})
+    with pytest.raises(ValueError, match=f"another protocol.*{name} was {then!r}"):
+        record.missing([small_run()])
+
+
+def test_a_disk_without_locks_keeps_no_run_from_being_done(tmp_path, monkeypatch, caplog):
+    def unsupported(file, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(record_file.fcntl, "flock", unsupported)
+    with locked(tmp_path / "out"), alone(tmp_path / "out" / "runs" / "a"):
+        pass
+    assert "cannot be locked" in caplog.text
+
+
+def test_a_run_waits_for_the_process_that_does_it_but_not_for_ever(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(record_file.time, "sleep", waited.append)
+    with alone(tmp_path / "run"):
+        with alone(tmp_path / "other"):
+            assert waited == []
+        with alone(tmp_path / "run"):
+            assert len(waited) == record_file.LONGEST_WAIT_S
 
 
 def test_a_line_on_other_images_is_not_taken_for_the_run(tmp_path):

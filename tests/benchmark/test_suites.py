@@ -73,6 +73,8 @@ def test_a_budget_beyond_the_pairs_is_refused(budget):
         ({"scheduler": "hyperband"}, "scheduler"),
         ({"scheduler": "asha", "ray": "none"}, "needs --ray"),
         ({"retries": -1}, "retries"),
+        ({"gpus_per_run": -1}, "gpus_per_run"),
+        ({"methods": ("lora",), "reference": "lorra"}, "reference must be one of the methods lora"),
         ({"cpus_per_run": 0}, "cpus_per_run"),
     ],
 )

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from gift.benchmark.intervals import mean_interval, paired_interval
-from gift.benchmark.tables import csv_text, markdown, summarise
+from gift.benchmark.summary import summarise
+from gift.benchmark.tables import csv_text, markdown
 from gift.data.catalog import TASKS
 from tests.benchmark import result, results
 

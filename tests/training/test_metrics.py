@@ -1,11 +1,13 @@
 """Accuracy, intervals, classes, confusions and calibration against their formulas."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from gift.training.loop import TrainingDivergedError
 from gift.training.metrics import calibration_error, evaluate_model, score_logits
 
 LOGITS = torch.tensor([[3.0, 1, 0], [0, 2, 1], [2, 1, 0], [0, 0, 5], [1, 0, 2], [0, 3, 1]], dtype=torch.float64)
@@ -67,3 +69,16 @@ def test_a_model_is_evaluated_on_all_images_in_order_and_the_figures_can_be_writ
     assert score.milliseconds_per_image > 0
     score.write(tmp_path / "deep" / "score.json")
     assert json.loads((tmp_path / "deep" / "score.json").read_text())["images"] == 6
+
+
+def test_logits_that_are_not_finite_are_said_to_be_so():
+    class Overflowing(torch.nn.Linear):
+        def forward(self, pixel_values):
+            logits = super().forward(pixel_values.flatten(1))
+            return SimpleNamespace(
+                logits=torch.where(pixel_values.flatten(1).sum(1, keepdim=True) > 0, torch.inf, logits)
+            )
+
+    items = [{"pixel_values": torch.full((1, 2, 2), value), "labels": 0} for value in (-1.0, 1.0, 1.0)]
+    with pytest.raises(TrainingDivergedError, match="logits of 2 of 3 images are not finite"):
+        evaluate_model(Overflowing(4, 3), items, NAMES)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from gift.data.feeding import FeedingOptions, ImageItems
 from gift.data.geometry import Geometry
 from gift.data.splits import SplitOptions, read_splits
 from gift.evaluation import evaluate_adapter
+from gift.training import train as train_file
 from gift.training.options import TrainOptions
 from gift.training.saver import CheckpointSaver
 from gift.training.train import train
@@ -402,3 +404,29 @@ def test_two_processes_of_torchrun_train_one_run(pictures, backbone, tmp_path):
     assert losses["one"] == pytest.approx(losses["two"], abs=1e-5)
     assert losses["two"][1] < losses["two"][0]
     assert len(said["one"]) == len(said["two"]) > 1
+
+
+def test_the_accuracy_of_every_epoch_is_told_once(pictures, backbone, tmp_path):
+    told = []
+    given = {"data": str(pictures), "model": str(backbone), "output_dir": str(tmp_path / "run")} | OPTIONS
+    options = TrainOptions(**given | {"epochs": 3, "evaluate_every_epoch": True, "method": "linear-probe"})
+    result = train(options, lambda *of_epoch: told.append(of_epoch))
+    assert [epoch for epoch, _ in told] == [1, 2, 3]
+    assert told[-1][1] == result.run.metrics["accuracy"]
+
+
+def test_test_images_are_not_looked_at_if_they_are_not_to_be(pictures, backbone, tmp_path):
+    copy = copy_of(pictures, tmp_path / "pictures")
+    (copy / "test" / "down" / "0.png").write_bytes(b"damaged")
+    given = {"method": "linear-probe", "method_options": {}}
+    assert list(run(copy, backbone, tmp_path / "run", evaluate_test=False, **given).evaluations) == ["validation"]
+    with pytest.raises(ValueError, match=r"0.png"):
+        run(copy, backbone, tmp_path / "other", **given)
+
+
+def test_the_commit_is_marked_if_files_of_the_package_were_changed(monkeypatch):
+    answers = {"rev-parse": "abc\n", "status": ""}
+    monkeypatch.setattr(train_file.subprocess, "run", lambda words, **named: SimpleNamespace(stdout=answers[words[3]]))
+    assert train_file.package_commit() == "abc"
+    answers["status"] = " M src/gift/cli.py\n"
+    assert train_file.package_commit() == "abc+"

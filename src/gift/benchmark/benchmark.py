@@ -24,6 +24,7 @@ from gift.benchmark.suites import SUITES, tries
 from gift.benchmark.tasks import BenchmarkTask, open_tasks, task_names
 
 logger = logging.getLogger(__name__)
+SHOWN = 3  # problems in a message
 
 
 @dataclass
@@ -39,7 +40,7 @@ class _Progress:
     def say(self, line: Line) -> None:
         self.done += 1
         seconds = (time.monotonic() - self.started) * (self.left - self.done) / self.done
-        what = "nothing: its loss was not finite" if line["accuracy"] is None else f"{100 * line['accuracy']:.2f} %"
+        what = line["problem"] if line["accuracy"] is None else f"{100 * line['accuracy']:.2f} %"
         count = self.total - self.left + self.done
         self.report(f"[{count} of {self.total}] {line['id']}: {what}; about {seconds / 60:.0f} minutes left")
 
@@ -47,8 +48,11 @@ class _Progress:
 def run_benchmark(options: BenchmarkOptions, report: Callable[[str], None] = logger.info) -> list[Line]:
     """Do all runs that have no line yet, write table and plot, and return the lines of all runs that were asked for.
 
+    Table and plot are of all lines in the folder: methods, tasks and seeds can be added to it.
+
     Raises:
-        ValueError: If tasks or methods cannot be used, the folder holds runs of other options, or a run failed.
+        ValueError: If tasks or methods cannot be used, the folder holds runs of other options, or runs failed; what
+            does not need these was done by then.
         OSError: If something cannot be written.
     """
     suite = SUITES[options.suite]
@@ -60,12 +64,25 @@ def run_benchmark(options: BenchmarkOptions, report: Callable[[str], None] = log
         check_methods(methods, options.changes.get("model", suite.protocol.options["model"]))
         record = Record(options.out)
         searches = planned_searches(options, tasks, methods)
-        _perform(options, record, searches, "search", report)
+        problems = _perform(options, record, searches, "search", report)
         finals = final_runs(searches, record.lines, options.seeds)
-        _perform(options, record, finals, "final runs", report)
-        lines = [record.lines[run.id] for run in (*searches, *finals)]
-        write_outcome(lines, options.out, options.reference)
-    return lines
+        problems |= _perform(options, record, finals, "final runs", report)
+        for task, method in _without_final_runs(searches, finals):
+            report(f"{task}/{method}: no try came to an end that could be chosen, so there is no final run")
+        write_outcome(list(record.lines.values()), options.out, options.reference)
+        _check_done(problems, len(searches) + len(finals))
+    return [record.lines[run.id] for run in (*searches, *finals)]
+
+
+def _without_final_runs(searches: list[Run], finals: list[Run]) -> list[tuple[str, str]]:
+    have = {(run.task.name, run.method.name) for run in finals}
+    return [key for key in dict.fromkeys((run.task.name, run.method.name) for run in searches) if key not in have]
+
+
+def _check_done(problems: dict[str, str], runs: int) -> None:
+    if problems:
+        shown = "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:SHOWN])
+        raise ValueError(f"{len(problems)} of {runs} runs failed: {shown}. Start it again to repeat only these.")
 
 
 def planned_searches(
@@ -73,33 +90,44 @@ def planned_searches(
 ) -> list[Run]:
     """Return the runs of all searches."""
     pairs = {method.name: tries(method.rates, options.tries) for method in methods}
-    return search_runs(options.suite, tasks, methods, pairs, options.changes)
+    search = {"tries": max(map(len, pairs.values())), "scheduler": options.scheduler}
+    return search_runs(options.suite, tasks, methods, pairs, search, options.changes)
 
 
 def _perform(
     options: BenchmarkOptions, record: Record, runs: list[Run], phase: str, report: Callable[[str], None]
-) -> None:
+) -> dict[str, str]:
+    """Do the runs that have no line; return why some could not be done, by id."""
     left = record.missing(runs)
+    waiting = {run.id for run in left}
     for run in runs:  # what a killed benchmark had not deleted yet
-        if run.phase == SEARCH and run not in left:
-            forget_weights(run.folder(options.out))
+        if run.id not in waiting:
+            _forget(run, options)
     report(f"{phase}: {len(runs)} runs, {len(runs) - len(left)} of them done before")
     progress = _Progress(len(runs), len(left), report)
 
     def keep(run: Run, line: Line) -> None:
         record.add(line)
-        if run.phase == SEARCH:
-            forget_weights(run.folder(options.out))
+        _forget(run, options)
         progress.say(line)
 
     if options.ray != NO_RAY and left:
-        _on_ray()(left, options, keep)
-        return
+        return _on_ray()(left, options, keep)
+    problems = {}
     for run in left:
-        keep(run, perform(run, options.out))
+        try:
+            keep(run, perform(run, options.out))
+        except ValueError as error:
+            problems[run.id] = str(error)
+    return problems
 
 
-def _on_ray() -> Callable[[list[Run], BenchmarkOptions, Callable[[Run, Line], None]], None]:
+def _forget(run: Run, options: BenchmarkOptions) -> None:
+    if run.phase == SEARCH or not options.keep_weights:
+        forget_weights(run.folder(options.out))
+
+
+def _on_ray() -> Callable[[list[Run], BenchmarkOptions, Callable[[Run, Line], None]], dict[str, str]]:
     try:
         from gift.benchmark.cluster import perform_on_ray  # noqa: PLC0415 - an extra, and slow to import
     except ModuleNotFoundError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # the results are ours to write
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the benchmark, not one experiment
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a run without accelerators sees none
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # prints tables whatever `verbose` says
 
@@ -18,32 +21,34 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
 
-from gift.benchmark.options import ASHA, LOCAL, BenchmarkOptions
-from gift.benchmark.perform import perform
+from gift.benchmark.options import ASHA, LOCAL, BenchmarkOptions, room
+from gift.benchmark.perform import UNKNOWN, perform
 from gift.benchmark.runs import SEARCH, Line, Run
 
+SECONDS_TO_ANSWER = 10
 STORE_BYTES = 10**8  # what runs return is small
-SHOWN = 3
 Keep = Callable[[Run, Line], None]
 
 
 def runs_at_once(options: BenchmarkOptions) -> int:
-    """Return how many runs a cluster has room for."""
+    """Return how many runs a cluster has room for, those that share an accelerator counted as one."""
     with _connected(options.ray):
-        needed = {"CPU": options.cpus_per_run, "GPU": _resources(options)["gpu"]}
+        gpus = _resources(options)["gpu"]
         hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return sum(min(int(host.get(key, 0) / need) for key, need in needed.items() if need) for host in hosts)
+        return sum(room(host.get("CPU", 0), host.get("GPU", 0), options.cpus_per_run, gpus) for host in hosts)
 
 
-def perform_on_ray(runs: Sequence[Run], options: BenchmarkOptions, keep: Keep) -> None:
+def perform_on_ray(runs: Sequence[Run], options: BenchmarkOptions, keep: Keep) -> dict[str, str]:
     """Do runs on a cluster; `keep` gets each run and its line as soon as it is over.
 
-    A run whose worker or host dies is started again on another, and goes on from its last epoch where the folder of
-    the benchmark is shared.
+    A run whose worker or host dies is started again on another, and goes on from its last checkpoint where the folder
+    of the benchmark is shared.
+
+    Returns:
+        Why a run could not be done, by its id; all others were.
 
     Raises:
-        ValueError: If the cluster is not there or has no room for a run, or runs failed for good; all others were done
-            by then.
+        ValueError: If the cluster is not there or has no room for a run.
     """
     problems: dict[str, str] = {}
     with _connected(options.ray):
@@ -67,9 +72,7 @@ def perform_on_ray(runs: Sequence[Run], options: BenchmarkOptions, keep: Keep) -
                     verbose=0,
                 ),
             ).fit()
-    if problems:
-        shown = "; ".join(f"{name}: {problem}" for name, problem in list(problems.items())[:SHOWN])
-        raise ValueError(f"{len(problems)} of {len(runs)} runs failed: {shown}. Start it again to repeat only these.")
+    return problems
 
 
 def _trial(config: Mapping[str, Any], runs: Mapping[str, Run], options: BenchmarkOptions, folder: str) -> None:
@@ -79,15 +82,21 @@ def _trial(config: Mapping[str, Any], runs: Mapping[str, Run], options: Benchmar
     run = runs[config["run"]]
     is_watched = options.scheduler == ASHA and run.phase == SEARCH
     try:
-        line = perform(run, options.out, _report if is_watched else None)
+        line = perform(run, options.out, _reporter(run.options(options.out).epochs) if is_watched else None)
     except ValueError as error:  # would come again
         tune.report({"problem": str(error), "epoch": 0, "accuracy": 0.0})
         return
     tune.report({"line": json.dumps(line), "epoch": line["epochs"], "accuracy": line["accuracy"] or 0.0})
 
 
-def _report(epoch: int, accuracy: float) -> None:
-    tune.report({"epoch": epoch, "accuracy": accuracy})
+def _reporter(epochs: int) -> Callable[[int, float], None]:
+    """Return what tells the scheduler of every epoch but the last, which comes with the line."""
+
+    def report(epoch: int, accuracy: float) -> None:
+        if epoch < epochs:
+            tune.report({"epoch": epoch, "accuracy": accuracy})
+
+    return report
 
 
 class _Watcher(tune.Callback):
@@ -95,6 +104,10 @@ class _Watcher(tune.Callback):
 
     def __init__(self, runs: Mapping[str, Run], keep: Keep, problems: dict[str, str]) -> None:
         self.runs, self.keep, self.problems = runs, keep, problems
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return nothing: Tune stores callbacks to restore an experiment, which is not done here."""
+        return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Keep the line of a run that is over, or note why it could not be done."""
@@ -105,7 +118,7 @@ class _Watcher(tune.Callback):
             self.problems[run.id] = result["problem"]
         else:
             said = f"stopped by the scheduler after epoch {result['epoch']}, at {100 * result['accuracy']:.2f} %"
-            self.keep(run, run.described() | {"accuracy": None, "loss": None, "problem": said})
+            self.keep(run, run.described() | UNKNOWN | {"problem": said})
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Note a run that was given up."""
@@ -122,16 +135,24 @@ def _connected(address: str) -> Iterator[None]:
     try:
         if address == LOCAL:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            ray.init(num_cpus=cores, object_store_memory=STORE_BYTES, **quiet)
+            ray.init(address=LOCAL, num_cpus=cores, object_store_memory=STORE_BYTES, **quiet)
         else:
+            _check_answers(address)
             ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ValueError(f"There is no Ray cluster at {address}: {first} Start one with `ray start --head`.") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError if nobody listens at HOST:PORT: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "//" not in address:
+        socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER).close()
 
 
 def _resources(options: BenchmarkOptions) -> dict[str, float]:

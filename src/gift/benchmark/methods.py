@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -12,10 +12,14 @@ from gift.baselines.toast import ToastConfig
 from gift.baselines.vpt import VptConfig
 from gift.benchmark.suites import Protocol
 from gift.pretrained import load_backbone
-from gift.training.options import TrainOptions
 from gift.tuner.config import GiftConfig
 
 OF_TRAINING = "train."
+# Options of `gift train` that a method may have for itself; the others are set for all, or by the benchmark.
+TRAINING = ("head_learning_rate", "warmup_ratio", "schedule", "optimizer", "batch_size", "accumulation", "precision")
+TRAINING += ("label_smoothing", "mixup", "cutmix", "ema", "diversity", "reconstruction", "workers", "drop_path")
+TRAINING += ("image_size_px", "resize", "augment")
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML takes 1e-3 for a word
 ALIASES = {"gift-paca": ("gift", {"generator": "paca"}), "gift-linear": ("gift", {"generator": "linear"})}
 DEFAULT_METHODS = ("linear-probe", "bitfit", "lora", "vpt-deep", "toast-lite", "gift-paca", "gift-linear")
 _TITLES = {"linear-probe": "linear probe", "full": "full fine-tuning", "bitfit": "BitFit", "lora": "LoRA"}
@@ -67,7 +71,7 @@ def _read_method(name: str, protocol: Protocol) -> BenchmarkMethod:
         if not found or not key.strip():
             raise ValueError(f"The method {name!r} must read NAME:OPTION=VALUE,OPTION=VALUE; {part!r} is no option.")
         is_of_training = key.strip().startswith(OF_TRAINING)
-        (of_training if is_of_training else own)[key.strip().removeprefix(OF_TRAINING)] = yaml.safe_load(value)
+        (of_training if is_of_training else own)[key.strip().removeprefix(OF_TRAINING)] = _read_value(value)
     _check_training(name, of_training)
     of_method = dict(protocol.of_methods.get(method, {}))
     method_options = {**of_method.pop("method_options", {}), **fixed, **own}
@@ -76,13 +80,17 @@ def _read_method(name: str, protocol: Protocol) -> BenchmarkMethod:
     return BenchmarkMethod(name, title, options, protocol.rates_of(method))
 
 
+def _read_value(text: str) -> Any:
+    return float(text) if _NUMBER.fullmatch(text.strip()) else yaml.safe_load(text)
+
+
 def _check_training(name: str, options: dict[str, Any]) -> None:
-    known = {one.name for one in fields(TrainOptions)}
-    searched = ("output_dir", "data", "method", "method_options", "seed", "learning_rate", "weight_decay")
     for option in options:
-        if option not in known or option in searched:
-            why = "is set by the benchmark" if option in searched else "is no option of `gift train`"
-            raise ValueError(f"{OF_TRAINING}{option} in the method {name!r} {why}.")
+        if option not in TRAINING:
+            allowed = ", ".join(TRAINING)
+            raise ValueError(
+                f"{OF_TRAINING}{option} in the method {name!r} cannot be set for one method: {allowed} can."
+            )
 
 
 def _title(method: str, options: dict[str, Any], named: dict[str, Any]) -> str:
@@ -109,4 +117,5 @@ def _title(method: str, options: dict[str, Any], named: dict[str, Any]) -> str:
 def check_methods(methods: Sequence[BenchmarkMethod], model: str) -> None:
     """Raise ValueError, before anything is trained, if a method or one of its options does not go with the backbone."""
     for method in methods:
-        method_config(method.options["method"], load_backbone(model, ("a", "b")), method.options["method_options"])
+        backbone = load_backbone(model, ("a", "b"), method.options.get("drop_path", 0))
+        method_config(method.options["method"], backbone, method.options["method_options"])

@@ -39,6 +39,7 @@ class BenchmarkOptions:
             `none` to run one after the other in this process.
         cpus_per_run: Cores, and threads, of each run.
         gpus_per_run: Accelerators of each run, such as 0.5; by default 1 where the cluster has some, else 0.
+        keep_weights: Whether to keep what final runs trained; full fine-tuning stores a whole model for each.
         retries: How often a run is started again when its worker has died.
         scheduler: Of the search on Ray: `fifo`, or `asha`, which stops tries that are behind (not the protocol of the
             published tables).
@@ -63,6 +64,7 @@ class BenchmarkOptions:
     ray: str = LOCAL
     cpus_per_run: int = 1
     gpus_per_run: float | int | None = None
+    keep_weights: bool = True
     retries: int = 3
     scheduler: str = FIFO
     reference: str | None = None
@@ -76,6 +78,10 @@ class BenchmarkOptions:
         for name in ("epochs", "budget"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), smallest=1, whole=True)
+        if self.gpus_per_run is not None:
+            check_number("gpus_per_run", self.gpus_per_run, smallest=0)
+        if self.reference is not None and self.reference not in self.methods:
+            raise ValueError(f"reference must be one of the methods {', '.join(self.methods)}, got {self.reference!r}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or SEARCH_SEED in self.seeds or min(self.seeds) < 0:
             raise ValueError(
                 f"seeds must be different whole numbers, not {SEARCH_SEED} (the search), got {self.seeds}."
@@ -94,6 +100,12 @@ class BenchmarkOptions:
     def tries(self) -> int | None:
         """How many pairs of learning rate and weight decay each method has; None for all."""
         return self.budget or (REDUCED["budget"] if self.reduced else None)
+
+
+def room(cores: float | int, accelerators: float | int, cpus_per_run: int, gpus_per_run: float | int) -> int:
+    """Return how many runs go on at once on a host, as if each that shares an accelerator had it alone."""
+    by_cores = int(cores // cpus_per_run)
+    return by_cores if not gpus_per_run else min(by_cores, int(accelerators // max(gpus_per_run, 1)))
 
 
 def add_benchmark_arguments(parser: ArgumentParser) -> ArgumentParser:

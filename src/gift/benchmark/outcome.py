@@ -1,29 +1,37 @@
 """What a benchmark comes to, as files: the table and the plot of its lines."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from gift.benchmark.plots import draw_pareto
 from gift.benchmark.record import read_lines
-from gift.benchmark.runs import Line
-from gift.benchmark.tables import Summary, csv_text, markdown, summarise
+from gift.benchmark.runs import TEST, Line
+from gift.benchmark.summary import Summary, summarise
+from gift.benchmark.tables import csv_text, markdown
 from gift.training.folder import write
 
+logger = logging.getLogger(__name__)
 REFERENCE = "lora"  # where it is among the methods
 FORMATS = {".md": markdown, ".csv": csv_text}
 
 
 def summary_of(lines: Sequence[Line], reference: str | None = None) -> Summary:
     """Return what lines come to, with differences to `reference`, or to LoRA, or to the first method."""
-    methods = list(dict.fromkeys(line["method"] for line in lines))
+    methods = list(dict.fromkeys(line["method"] for line in lines if line["phase"] == TEST))
     return summarise(lines, reference or (REFERENCE if REFERENCE in methods or not methods else methods[0]))
 
 
 def write_outcome(lines: Sequence[Line], out: Path, reference: str | None) -> None:
-    """Write the table as Markdown and CSV, and the plot as PNG and SVG."""
+    """Write the table as Markdown and CSV, and the plot as PNG and SVG, if there is a test yet."""
+    if not any(line["phase"] == TEST for line in lines):
+        return
     summary = summary_of(lines, reference)
     for kind, as_text in FORMATS.items():
         write(out / f"table{kind}", as_text(summary))
+    if not any(row.scores[summary.mean].accuracy for row in summary.rows):
+        logger.warning("No method has a result on every task, so there is nothing to draw yet.")
+        return
     for kind in ("png", "svg"):
         draw_pareto(summary, out / f"pareto.{kind}")
 

@@ -25,9 +25,17 @@ from gift.pretrained import load_backbone
 from gift.training.folder import delete_checkpoints
 from gift.training.loop import TrainingDivergedError
 from gift.training.memory import forget_peak_memory
-from gift.training.train import TrainResult, train
+from gift.training.train import TrainResult, package_commit, package_versions, train
 
 IMAGES_TIMED, TIMES, WARM_UP = 32, 5, 2
+# What a line says of the outcome, in the order in which it stands there.
+UNKNOWN: Line = dict.fromkeys(
+    (
+        *("accuracy", "interval", "loss", "images", "problem"),
+        *("trained_parameters", "trained_parameters_without_head", "backbone_parameters"),
+        *("train_seconds", "train_ms_per_image", "inference_ms_per_image", "merged", "peak_memory_mb"),
+    )
+)
 
 
 def perform(run: Run, out: Path, after_epoch: Callable[[int, float], None] | None = None) -> Line:
@@ -53,12 +61,12 @@ def _perform(run: Run, out: Path, after_epoch: Callable[[int, float], None] | No
     try:
         result = train(options, after_epoch)
     except TrainingDivergedError as error:
-        return run.described() | {"accuracy": None, "loss": None, "problem": str(error)} | _surroundings()
+        return run.described() | UNKNOWN | _surroundings() | {"problem": str(error)}
     measured = _measured(run, result) | ({} if is_own_peak else {"peak_memory_mb": None})
     about = json.loads((run.folder(out) / "run_of.json").read_text())
-    made_with = {key: about[key] for key in ("commit", "versions", "python")}
-    timed = _timed(result) if run.phase == TEST else {"inference_ms_per_image": None, "merged": None}
-    return run.described() | measured | timed | made_with | _surroundings()
+    made_with = {key: about[key] for key in ("commit", "versions", "python")}  # when it was trained
+    timed = _timed(result) if run.phase == TEST else {}
+    return run.described() | UNKNOWN | measured | timed | _surroundings() | made_with
 
 
 def _measured(run: Run, result: TrainResult) -> Line:
@@ -124,6 +132,9 @@ def synchronise() -> None:
 
 def _surroundings() -> Line:
     return {
+        "commit": package_commit(),
+        "versions": package_versions(),
+        "python": platform.python_version(),
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "date": datetime.now(UTC).isoformat("T", "seconds"),
@@ -140,8 +151,10 @@ def device_name() -> str:
 
 
 def forget_weights(folder: Path) -> None:
-    """Delete what was trained in a search; logs and figures stay."""
+    """Delete what was trained; the log, the options and what the run was made with stay."""
     (folder / "metrics.json").unlink(missing_ok=True)  # first: a folder without weights must not look complete
     delete_checkpoints(folder / "checkpoints", [])
     for name in ("adapter", "model", "checkpoints"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("curves.png", "evaluation.json"):  # large for many classes
+        (folder / name).unlink(missing_ok=True)

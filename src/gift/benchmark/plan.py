@@ -12,7 +12,7 @@ import torch
 from gift.baselines.methods import method_config
 from gift.benchmark.benchmark import planned_searches
 from gift.benchmark.methods import BenchmarkMethod, read_methods
-from gift.benchmark.options import LOCAL, NO_RAY, BenchmarkOptions
+from gift.benchmark.options import LOCAL, NO_RAY, BenchmarkOptions, room
 from gift.benchmark.perform import device_name, synchronise
 from gift.benchmark.record import Record
 from gift.benchmark.runs import SEARCH_SEED, TEST, Run
@@ -85,8 +85,9 @@ def plan_benchmark(options: BenchmarkOptions) -> Plan:
     tasks += open_tasks(options.suite, (), folders, options.data, SEARCH_SEED)
     searches = planned_searches(options, tasks, methods)
     runs = [*searches, *_finals(searches, options.seeds)]
-    known = Record(options.out).lines
-    left = [run for run in runs if run.id not in known]
+    record = Record(options.out)
+    record.missing(searches)  # raises where a benchmark would
+    left = [run for run in runs if run.id not in record.lines]
     torch.set_num_threads(options.cpus_per_run)
     costs = tuple(_cost(method, [run for run in left if run.method == method], options) for method in methods)
     count = f"({len(searches) // (len(tasks) * len(methods))} tries + {len(options.seeds)} seeds) = {len(runs):,} runs"
@@ -169,10 +170,16 @@ def _at_once(options: BenchmarkOptions) -> int:
         from gift.benchmark.cluster import runs_at_once  # noqa: PLC0415 - an extra, and slow to import
 
         return runs_at_once(options)
-    if torch.cuda.is_available() and options.gpus_per_run != 0:
-        return int(torch.cuda.device_count() / (options.gpus_per_run or 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // options.cpus_per_run)
+    gpus = torch.cuda.device_count()
+    needed = options.gpus_per_run if options.gpus_per_run is not None else min(gpus, 1)
+    at_once = room(cores, gpus, options.cpus_per_run, needed)
+    if not at_once:
+        raise ValueError(
+            f"This machine ({cores} cores, {gpus} accelerators) has no room for a run of {options.cpus_per_run} cores "
+            f"and {needed:g} accelerators: lower cpus_per_run or gpus_per_run."
+        )
+    return at_once
 
 
 def describe_plan(plan: Plan) -> str:
@@ -188,6 +195,7 @@ def describe_plan(plan: Plan) -> str:
         ),
         "",
         f"{plan.hours:.1f} hours one by one, about {plan.hours / plan.at_once:.1f} with {plan.at_once} at once.",
-        f"Milliseconds were measured now: {plan.measured_on}; {SECONDS_PER_RUN:g} s a run are added.",
+        f"Milliseconds were measured now: {plan.measured_on}; {SECONDS_PER_RUN:g} s a run are added. "
+        "Reading images is not counted.",
     ]
     return "\n".join(lines)

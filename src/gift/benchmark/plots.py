@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from gift.benchmark.intervals import Estimate, pareto_front
 from gift.benchmark.published import SOURCE, is_published_model
-from gift.benchmark.tables import SUITES, Row, Summary
+from gift.benchmark.summary import SUITES, Row, Summary
 
 FORMATS = (".png", ".svg")
 # By whether it is GIFT; told apart by colour-blind people, and in greyscale by the marker.
@@ -108,7 +108,7 @@ def _point(row: Row, summary: Summary) -> Point | None:
     accuracy = row.scores[summary.mean].accuracy
     if accuracy is None or (row.is_published and not is_published_model(summary.model)):
         return None
-    return Point(row.title, row.parameters, accuracy, row.method.lower().startswith("gift"), row.is_published)
+    return Point(row.title, row.parameters or 0, accuracy, row.method.lower().startswith("gift"), row.is_published)
 
 
 def _scale(axes: Axes, points: Sequence[Point]) -> list[float]:

@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,10 @@ from gift.benchmark.runs import Line, Run
 from gift.training.folder import write
 
 FILE = "runs.jsonl"
+PROTOCOL = ("suite", "model", "epochs", "tries", "scheduler")  # the same for all lines of a folder
+LONGEST_WAIT_S = 120
+
+logger = logging.getLogger(__name__)
 
 
 def read_lines(results: Path) -> list[Line]:
@@ -60,7 +66,21 @@ class Record:
         """
         for run in runs:
             _check_same(self.path, run, self.lines.get(run.id))
+        for line in self.lines.values() if runs else ():
+            self._check_protocol(line, runs[0].described())
         return [run for run in runs if run.id not in self.lines]
+
+    def _check_protocol(self, line: Line, now: Line) -> None:
+        differences = [
+            f"{name} was {line[name]!r}, now {now[name]!r}"
+            for name in PROTOCOL
+            if name in line and name in now and line[name] != now[name]
+        ]
+        if differences:
+            raise ValueError(
+                f"{self.path} is of another protocol ({line['id']}): {'; '.join(differences)}. Results of both do not "
+                "go into one table: name another folder with --out."
+            )
 
 
 def _check_same(path: Path, run: Run, line: Line | None) -> None:
@@ -68,7 +88,7 @@ def _check_same(path: Path, run: Run, line: Line | None) -> None:
         return
     now, then = (_flat(json.loads(json.dumps(it, default=str))) for it in (run.described(), line))
     # Options that came after the line was written have their defaults.
-    names = [name for name, value in now.items() if name in then and then[name] != value]
+    names = [name for name, value in now.items() if value is not None and name in then and then[name] != value]
     if names:
         differences = "; ".join(f"{name} was {then[name]!r}, now {now[name]!r}" for name in names)
         raise ValueError(f"{path} has {run.id} of other options: {differences}. Name another folder with --out.")
@@ -95,13 +115,25 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"A benchmark is running in {out} already: wait for it, or stop it.") from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start one benchmark at a time there.", out, error)
         yield
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process does the run of this folder: one whose benchmark was killed may not know it yet."""
+    """Wait until no other process does the run of this folder: one whose benchmark was killed may not know it yet.
+
+    Not for ever: some shared disks have no locks, or keep those of a host that is gone.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        for _ in range(LONGEST_WAIT_S):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(1)
+            except OSError:
+                break
         yield

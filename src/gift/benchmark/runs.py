@@ -1,7 +1,8 @@
 """The runs of a benchmark: which there are, and the line that each leaves in the results."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +16,8 @@ SEARCH_SEED = 100  # of all searches; no seed of a final run
 # What does not decide a result, or is said elsewhere in a line.
 _NOT_IN_LINES = ("output_dir", "data", "root", "save_every_epochs", "keep_checkpoints", "resume", "progress")
 _NOT_IN_LINES += ("tensorboard", "evaluate_every_epoch", "evaluate_test", "learning_rate", "weight_decay", "seed")
+
+LONGEST_NAME = 100  # of a folder; file systems allow 255
 
 Line = dict[str, Any]
 
@@ -32,6 +35,7 @@ class Run:
         seed: Of head, adapter and the order of images.
         learning_rate: Peak learning rate, of adapter and head.
         weight_decay: Of matrices.
+        search: How the search is done: `tries`, the number of pairs each method has, and `scheduler`.
         changes: Options of `gift train` that were set for the whole benchmark, such as `epochs`.
     """
 
@@ -42,6 +46,7 @@ class Run:
     seed: int
     learning_rate: float
     weight_decay: float
+    search: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -66,6 +71,7 @@ class Run:
         is_test = self.phase == TEST
         return TrainOptions(
             **given,
+            save_every_epochs=max(1, given["epochs"] // 10),  # a checkpoint of a large model takes longer than an epoch
             data=self.task.source,
             output_dir=str(self.folder(out)),
             train_on_validation=is_test,
@@ -80,12 +86,15 @@ class Run:
         named |= {"title": self.method.title, "phase": self.phase, "seed": self.seed}
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
         sizes = {"model": config["model"], "epochs": config["epochs"]}
-        return named | rates | sizes | {"config": config, "images_digest": self.task.digest}
+        return named | rates | sizes | self.search | {"config": config, "images_digest": self.task.digest}
 
 
 def _as_file(name: str) -> str:
     """Return the name of a task or a method as a folder is called: none leads elsewhere, and no two become one."""
-    return quote(name, safe=",=+").replace(".", "%2E") if name.startswith(".") else quote(name, safe=",=+")
+    quoted = quote(name, safe=",=+").replace(".", "%2E") if name.startswith(".") else quote(name, safe=",=+")
+    if len(quoted) <= LONGEST_NAME:
+        return quoted
+    return f"{quoted[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def search_runs(
@@ -93,11 +102,12 @@ def search_runs(
     tasks: Sequence[BenchmarkTask],
     methods: Sequence[BenchmarkMethod],
     pairs: dict[str, list[tuple[float, float]]],
+    search: dict[str, Any],
     changes: dict[str, Any],
 ) -> list[Run]:
     """Return the search of every method on every task; `pairs` are the learning rates and decays by method."""
     return [
-        Run(suite, task, method, SEARCH, SEARCH_SEED, rate, decay, changes)
+        Run(suite, task, method, SEARCH, SEARCH_SEED, rate, decay, search, changes)
         for task in tasks
         for method in methods
         for rate, decay in pairs[method.name]
@@ -107,26 +117,16 @@ def search_runs(
 def final_runs(searches: Sequence[Run], lines: dict[str, Line], seeds: Sequence[int]) -> list[Run]:
     """Return the runs on all images, one a seed, with what was best on validation images; `lines` are by id.
 
-    Of equal accuracies the smaller loss is better, then the smaller learning rate.
-
-    Raises:
-        ValueError: If every try of a search diverged.
+    Of equal accuracies the smaller loss is better, then the smaller learning rate. A search of which every try
+    diverged, or that lacks a line, has no final runs.
     """
-    best: dict[tuple[str, str], Run] = {}
+    of_search: dict[tuple[str, str], list[Run]] = {}
     for run in searches:
-        key = (run.task.name, run.method.name)
-        if key not in best or _rank(run, lines) < _rank(best[key], lines):
-            best[key] = run
-    lost = [run.id for run in best.values() if lines[run.id]["accuracy"] is None]
-    if lost:
-        raise ValueError(
-            f"Every try diverged, so nothing can be chosen: {lost[0].rpartition('/')[0]}. Try lower rates."
-        )
-    return [
-        Run(run.suite, run.task, run.method, TEST, seed, run.learning_rate, run.weight_decay, run.changes)
-        for run in best.values()
-        for seed in seeds
-    ]
+        of_search.setdefault((run.task.name, run.method.name), []).append(run)
+    complete = [runs for runs in of_search.values() if all(run.id in lines for run in runs)]
+    best = [min(runs, key=lambda run: _rank(run, lines)) for runs in complete]
+    chosen = [run for run in best if lines[run.id]["accuracy"] is not None]
+    return [replace(run, phase=TEST, seed=seed) for run in chosen for seed in seeds]
 
 
 def _rank(run: Run, lines: dict[str, Line]) -> tuple[float, float, float]:

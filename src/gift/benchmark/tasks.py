@@ -28,7 +28,7 @@ class BenchmarkTask:
         train: Number of images that are trained on while options are searched.
         validation: Number of images that options are chosen on; the final runs train on these too.
         test: Number of images that are tested on.
-        digest: Of the names and labels of all images.
+        digest: Of the names and labels of all images; None where they are not at hand.
         options: Of `gift train`, for this task.
     """
 
@@ -37,7 +37,7 @@ class BenchmarkTask:
     train: int
     validation: int
     test: int
-    digest: str = ""
+    digest: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -49,10 +49,11 @@ def task_names(suite: Suite, chosen: Sequence[str] | None, folders: Sequence[Pat
     """
     named = {_name(folder): folder for folder in folders}
     known = [*suite.tasks, *named]
-    if len(set(known)) < len(suite.tasks) + len(folders):
-        raise ValueError(
-            f"Two tasks have one name: {', '.join(sorted(suite.tasks))} and {', '.join(map(_name, folders))}."
-        )
+    doubled = sorted({name for name in known if known.count(name) > 1} | ({*suite.tasks} & {*named}))
+    if doubled or len(named) < len(folders):
+        raise ValueError(f"Two tasks have one name, that of their folder: {', '.join(doubled or map(_name, folders))}.")
+    if not all(known):
+        raise ValueError(f"A folder without a name cannot be a task: {', '.join(map(str, folders))}.")
     unknown = [name for name in chosen or () if name not in known]
     if unknown or (chosen is not None and not chosen):
         raise ValueError(f"There is no task {unknown[0] if unknown else '(none named)'}: choose of {', '.join(known)}.")
@@ -77,8 +78,7 @@ def open_tasks(suite: str, names: Sequence[str], folders: Sequence[Path], root: 
     places = {name: root / "offline" / name if name in drawn else root / name for name in names}
     for name, place in places.items():
         if name in drawn and not place.exists():
-            logger.info("Drawing %s into %s", name, place)
-            prepare_task(name, None, place, drawn[name])
+            _draw(name, place, drawn[name])
     missing = [name for name, place in places.items() if not place.exists()]
     if missing:
         raise ValueError(
@@ -86,19 +86,34 @@ def open_tasks(suite: str, names: Sequence[str], folders: Sequence[Path], root: 
             f"`gift data prepare {missing[0]} --from SOURCE --out {places[missing[0]]}`, or name other --tasks."
         )
     options = DRAWN_OPTIONS if drawn else {}
-    tasks = [_open(name, str(place), seed, options) for name, place in places.items()]
-    return [*tasks, *(_open(_name(folder), str(folder), seed, {}) for folder in folders)]
+    tasks = [_open(name, str(place), seed, root, options) for name, place in places.items()]
+    for task, expected in ((task, drawn[task.name] or TASKS[task.name].test) for task in tasks if drawn):
+        if task.test != expected:
+            raise ValueError(
+                f"{task.source} has {task.test:,} test images, and the suite {suite} has {expected:,}: name another "
+                "folder with --data."
+            )
+    return [*tasks, *(_open(_name(folder), str(folder), seed, root, {}) for folder in folders)]
 
 
-def _open(name: str, source: str, seed: int, options: Mapping[str, Any]) -> BenchmarkTask:
-    splits = read_splits(source, SplitOptions(validation_share=VALIDATION_SHARE, seed=seed))
+def _draw(name: str, place: Path, count: int | None) -> None:
+    logger.info("Drawing %s into %s", name, place)
+    try:
+        prepare_task(name, None, place, count)
+    except (OSError, ValueError):
+        if not place.exists():  # or another benchmark was faster, and what it drew is the same
+            raise
+
+
+def _open(name: str, source: str, seed: int, root: Path, options: Mapping[str, Any]) -> BenchmarkTask:
+    splits = read_splits(source, SplitOptions(root=root, validation_share=VALIDATION_SHARE, seed=seed))
     if splits.validation is None or splits.test is None:
         raise ValueError(
             f"{source} has no {'test' if splits.test is None else 'validation'} images: a benchmark needs both."
         )
     digest = hashlib.sha256(json.dumps(digests(splits)).encode()).hexdigest()
     counts = (len(splits.train), len(splits.validation), len(splits.test))
-    return BenchmarkTask(name, source, *counts, digest, options)
+    return BenchmarkTask(name, source, *counts, digest, {"root": str(root), **options})
 
 
 def tasks_by_catalogue(suite: str, names: Sequence[str]) -> list[BenchmarkTask]:
@@ -109,4 +124,5 @@ def tasks_by_catalogue(suite: str, names: Sequence[str]) -> list[BenchmarkTask]:
 
 
 def _name(folder: Path) -> str:
-    return Path(folder).name.split(".")[0]
+    name = Path(folder).name.rpartition(":")[2]  # torchvision:NAME
+    return Path(name).stem if Path(name).suffix in (".zip", ".parquet") else name.strip(".")

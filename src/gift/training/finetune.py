@@ -101,7 +101,9 @@ def finetune(
     run = _describe_run(backbone, config, train_items, evaluation_items, options) | _as_json(surroundings.about)
     if options.resume and metrics_file.exists():
         prepare_once(folder, run, options)
-        return FinetuneResult(_load(backbone, result_dir), json.loads(metrics_file.read_text()), result_dir)
+        return FinetuneResult(
+            _load(backbone, result_dir, arguments.device), json.loads(metrics_file.read_text()), result_dir
+        )
 
     model = make_model(backbone, config, options)
     prepare_once(folder, run, options)  # only now: what cannot be trained deletes nothing
@@ -194,11 +196,13 @@ def _watchers(folder: Path, options: FinetuneOptions, surroundings: Surroundings
     return watchers
 
 
-def _load(backbone: PreTrainedModel, result_dir: Path) -> PeftModel | PreTrainedModel:
+def _load(backbone: PreTrainedModel, result_dir: Path, device: torch.device) -> PeftModel | PreTrainedModel:
     """Return the result of a complete run, as it was returned then."""
     if result_dir.name == "model":
-        return type(backbone).from_pretrained(str(result_dir)).eval()
-    return PeftModel.from_pretrained(backbone, str(result_dir), is_trainable=True).eval()
+        model: Any = type(backbone).from_pretrained(str(result_dir))
+    else:
+        model = PeftModel.from_pretrained(backbone, str(result_dir), is_trainable=True)
+    return model.eval().to(device)
 
 
 def _take_result(model: nn.Module, saver: CheckpointSaver, average: MovingAverage | None) -> None:

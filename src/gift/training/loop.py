@@ -188,6 +188,8 @@ def training_arguments(folder: Path, options: FinetuneOptions) -> TrainingArgume
         disable_tqdm=not options.progress,
         report_to="none",  # `finetune` adds TensorBoard, in its own folder
     )
+    if arguments.n_gpu > 1:  # Trainer would multiply the batch by them; processes are for torchrun to start
+        arguments._n_gpu = 1
     parts = arguments.world_size * options.accumulation
     check(
         options.batch_size % parts == 0,

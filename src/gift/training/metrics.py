@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from gift.training.folder import write
 from gift.training.items import Items
+from gift.training.loop import TrainingDivergedError
 
 CALIBRATION_BINS = 15
 
@@ -72,9 +73,18 @@ def evaluate_model(model: nn.Module, items: Items, class_names: tuple[str, ...],
         items: As `gift.finetune` takes them.
         class_names: Names of the classes, in the order of the logits.
         batch_size: Images at once.
+
+    Raises:
+        TrainingDivergedError: If a logit is not finite.
     """
     started = time.perf_counter()
     logits, labels = predict_logits(model, items, batch_size)
+    wrong = int((~torch.isfinite(logits)).any(dim=1).sum())
+    if wrong:
+        raise TrainingDivergedError(
+            f"The logits of {wrong} of {len(labels)} images are not finite: the model overflows. Train it with a lower "
+            "learning_rate, in another output_dir."
+        )
     milliseconds = 1000 * (time.perf_counter() - started) / len(labels)
     return score_logits(logits.double(), labels, class_names, milliseconds)
 

@@ -188,9 +188,9 @@ def _as_yaml(options: TrainOptions) -> str:
 def _describe(options: TrainOptions, splits: Splits, result: TrainResult) -> dict[str, Any]:
     """Return what the run was made with and from."""
     return {
-        "versions": {package: version(package) for package in (*PACKAGES, "datasets", "torchvision")},
+        "versions": package_versions(),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": package_commit(),
         "seed": options.seed,
         "form": splits.form,
         "notes": splits.notes,
@@ -201,17 +201,19 @@ def _describe(options: TrainOptions, splits: Splits, result: TrainResult) -> dic
     }
 
 
-def _commit() -> str | None:
-    """Return the commit of this package if it runs from a git checkout, with `+` if files were changed since."""
-    here = Path(__file__).parent
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on."""
+    return {package: version(package) for package in (*PACKAGES, "datasets", "torchvision")}
+
+
+def package_commit() -> str | None:
+    """Return the commit of this package if it runs from a git checkout, with `+` if its files were changed since."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
-        said = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
+        commit, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", "."))
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip()
+    return f"{commit}{'+' if changes else ''}"

@@ -1,0 +1,144 @@
+"""Benchmarks on Ray: on this machine and on two hosts, of which one is lost."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from gift.benchmark import cluster as module
+from gift.benchmark.benchmark import run_benchmark
+from gift.benchmark.cluster import perform_on_ray
+from tests.benchmark.small import METHODS, lasting, small_options, small_run
+
+
+@pytest.fixture
+def workers_find_the_tests(monkeypatch):
+    """Let workers import what this process can, with one thread each."""
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # warnings of Ray's own are no errors there
+    yield
+    ray.shutdown()
+
+
+class After:
+    """Does something once, when so many runs are over."""
+
+    def __init__(self, runs: int, do: Callable[[], None]) -> None:
+        self.left, self.do, self.is_done = runs, do, False
+
+    def __call__(self, said: str) -> None:
+        self.left -= said.startswith("[")
+        if self.left == 0 and not self.is_done:
+            self.is_done = True
+            self.do()
+
+
+def busy_workers():
+    return [
+        it.pid
+        for it in psutil.Process().children(recursive=True)
+        if " ".join(it.cmdline()).startswith("ray::") and "train" in " ".join(it.cmdline())
+    ]
+
+
+def kill_one_worker():
+    os.kill(busy_workers()[0], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def expected(pictures, backbone, tmp_path_factory):
+    """Return the lines of the benchmark without Ray."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    return run_benchmark(small_options(out, pictures, backbone, epochs=8))
+
+
+@pytest.mark.slow
+def test_two_workers_of_which_one_is_killed_give_the_results_of_one_process(
+    expected, pictures, backbone, tmp_path, workers_find_the_tests
+):
+    options = small_options(tmp_path / "out", pictures, backbone, epochs=8, ray="local")
+    kill = After(1, kill_one_worker)
+    lines = run_benchmark(options, kill)
+    assert kill.is_done
+    assert list(map(lasting, lines)) == list(map(lasting, expected))
+
+
+@pytest.mark.slow
+def test_two_hosts_of_which_one_is_lost_give_the_results_of_one_process(
+    expected, pictures, backbone, tmp_path, workers_find_the_tests
+):
+    hosts = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8})
+    try:
+        second = hosts.add_node(num_cpus=1, object_store_memory=10**8)
+        hosts.wait_for_nodes()
+        options = small_options(tmp_path / "out", pictures, backbone, epochs=8, ray=hosts.address)
+        assert module.runs_at_once(options) == 2
+        lose = After(1, lambda: hosts.remove_node(second, allow_graceful=False))
+        lines = run_benchmark(options, lose)
+    finally:
+        ray.shutdown()
+        hosts.shutdown()
+    assert lose.is_done
+    assert list(map(lasting, lines)) == list(map(lasting, expected))
+
+
+@pytest.mark.slow
+def test_tries_that_are_behind_are_stopped_and_not_chosen(pictures, backbone, tmp_path, workers_find_the_tests):
+    given = {"epochs": 20, "budget": 6, "seeds": (0,), "methods": METHODS[:1], "ray": "local", "scheduler": "asha"}
+    lines = run_benchmark(small_options(tmp_path / "out", pictures, backbone, **given))
+    search, final = lines[:-1], lines[-1]
+    stopped = [line for line in search if line["problem"]]
+    assert 1 <= len(stopped) < 6
+    assert all("stopped by the scheduler after epoch" in line["problem"] for line in stopped)
+    assert {line["scheduler"] for line in lines} == {"asha"}
+    assert final["learning_rate"] in {line["learning_rate"] for line in search if line["accuracy"] is not None}
+
+
+def run_of(pictures, backbone):
+    run = small_run(method="linear-probe", model=str(backbone), epochs=1, batch_size=8)
+    return replace(run, task=replace(run.task, source=str(pictures)))
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_be_done_keeps_no_other_from_being_done(pictures, backbone, tmp_path, workers_find_the_tests):
+    options = small_options(tmp_path / "out", pictures, backbone, ray="local", methods=METHODS[:1])
+    good, wrong = run_of(pictures, backbone), small_run(task="nowhere")
+    kept = []
+    problems = perform_on_ray([wrong, good], options, lambda run, line: kept.append((run, line["id"])))
+    assert kept == [(good, good.id)]
+    assert list(problems) == [wrong.id]
+    assert "There is no file or folder stripes" in problems[wrong.id]
+
+
+def test_a_cluster_that_is_not_there_is_said(pictures, backbone, tmp_path):
+    options = small_options(tmp_path / "out", pictures, backbone, ray="127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"There is no Ray cluster at 127.0.0.1:1.*ray start --head"):
+        perform_on_ray([small_run()], options, lambda run, line: None)
+
+
+@pytest.mark.parametrize("needed", [{"cpus_per_run": 3}, {"gpus_per_run": 1}, {"cpus_per_run": 2, "gpus_per_run": 0.5}])
+def test_runs_that_no_host_has_room_for_are_refused(needed, pictures, backbone, tmp_path, monkeypatch):
+    hosts = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 8.0, "GPU": 4.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: hosts)
+    with pytest.raises(ValueError, match="no host of the cluster has so many"):
+        module._resources(small_options(tmp_path / "out", pictures, backbone, ray="auto", **needed))
+
+
+def test_runs_have_an_accelerator_where_there_are_some(pictures, backbone, tmp_path, monkeypatch):
+    options = small_options(tmp_path / "out", pictures, backbone, ray="auto")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    for host, expected in (({"CPU": 8.0}, (0.0, 8)), ({"CPU": 8.0, "GPU": 2.0}, (1.0, 2))):
+        monkeypatch.setattr(ray, "nodes", lambda host=host: [{"Alive": True, "Resources": host}])
+        assert (module._resources(options)["gpu"], module.runs_at_once(options)) == expected
+
+
+def test_searches_are_scheduled_apart_where_they_are_compared_while_they_run(pictures, backbone, tmp_path):
+    runs = [small_run(rate=rate, task=task) for task in ("a", "b") for rate in (0.1, 0.2)]
+    fifo = small_options(tmp_path / "out", pictures, backbone, ray="local")
+    asha = small_options(tmp_path / "out", pictures, backbone, ray="local", scheduler="asha")
+    assert module._groups(runs, fifo) == [runs]
+    assert module._groups(runs, asha) == [runs[:2], runs[2:]]
