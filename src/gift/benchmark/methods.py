@@ -18,7 +18,7 @@ OF_TRAINING = "train."
 # Options of `gift train` that a method may have for itself; the others are set for all, or by the benchmark.
 TRAINING = ("head_learning_rate", "warmup_ratio", "schedule", "optimizer", "batch_size", "accumulation", "precision")
 TRAINING += ("label_smoothing", "mixup", "cutmix", "ema", "diversity", "reconstruction", "workers", "drop_path")
-TRAINING += ("image_size_px", "resize", "augment")
+TRAINING += ("image_size_px",)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML takes 1e-3 for a word
 ALIASES = {"gift-paca": ("gift", {"generator": "paca"}), "gift-linear": ("gift", {"generator": "linear"})}
 DEFAULT_METHODS = ("linear-probe", "bitfit", "lora", "vpt-deep", "toast-lite", "gift-paca", "gift-linear")
