@@ -14,11 +14,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import timm
 import torch
 from jsonargparse import ArgumentParser
+from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import TimmWrapperConfig, TimmWrapperModel
@@ -35,16 +37,22 @@ class Pretraining:
     """How to pretrain.
 
     Args:
-        data: Data sets, each a parquet file or an image folder; every batch has equally many images of each.
+        data: Data sets, each a parquet file or an image folder.
+        shares: Share of every batch that is of each data set; equal ones by default.
         out: Folder of this run and of no other: `state.pt`, `log.jsonl`, and at the end `backbone/`.
         depth: Blocks.
         embed_dim: Width of a token.
         num_heads: Attention heads.
         image_size_px: Side of the images in pixels.
         patch_size_px: Side of a patch in pixels.
+        class_token: Whether there is one.
+        reg_tokens: Register tokens.
+        global_pool: What the heads are given: `token`, the class token, or `avg`, the mean of the patch tokens.
         samples: Images to train on, all in all.
         batch_size: Images per step.
         patch_drop_rate: Share of the patch tokens that is left out in training.
+        whole_from: Share of the run after which no token is left out and no images are mixed.
+        mixed: Share of the images that are mixed with another one, by CutMix (alpha 1) or Mixup (alpha 0.8).
         muon_lr: Peak learning rate of the matrices of the blocks.
         adamw_lr: Peak learning rate of everything else.
         weight_decay: Of what AdamW trains.
@@ -59,14 +67,20 @@ class Pretraining:
 
     data: list[Path]
     out: Path
+    shares: list[float] | None = None
     depth: int = 8
     embed_dim: int = 128
     num_heads: int = 4
     image_size_px: int = 64
     patch_size_px: int = 8
+    class_token: bool = True
+    reg_tokens: int = 0
+    global_pool: Literal["token", "avg"] = "token"
     samples: int = 824_320
     batch_size: int = 256
     patch_drop_rate: float = 0.5
+    whole_from: float = 1.0
+    mixed: float = 0.0
     muon_lr: float = 0.02
     adamw_lr: float = 2e-3
     weight_decay: float = 0.01
@@ -85,7 +99,11 @@ class Pretraining:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.constant_until < 1:
             raise ValueError(f"constant_until must be from 0 to less than 1, got {self.constant_until}.")
-        if self.batch_size < len(self.data):
+        if self.shares is not None and (len(self.shares) != len(self.data) or min(self.shares, default=1) <= 0):
+            raise ValueError(f"shares must be positive, one for each of {len(self.data)} data sets; got {self.shares}.")
+        if self.mixed and self.batch_size % 2:
+            raise ValueError(f"Images are mixed in pairs: batch_size must be even, got {self.batch_size}.")
+        if self.data and min(self.counts) < 1:
             raise ValueError(
                 f"A batch of {self.batch_size} cannot hold an image of each of {len(self.data)} data sets."
             )
@@ -96,10 +114,24 @@ class Pretraining:
         return math.ceil(self.samples / self.batch_size)
 
     @property
-    def model_args(self) -> dict[str, int]:
+    def model_args(self) -> dict[str, Any]:
         """What `timm.create_model` is given beside the name of the architecture."""
         sizes = {"img_size": self.image_size_px, "patch_size": self.patch_size_px, "embed_dim": self.embed_dim}
-        return sizes | {"depth": self.depth, "num_heads": self.num_heads}
+        tokens = {"class_token": self.class_token, "reg_tokens": self.reg_tokens, "global_pool": self.global_pool}
+        # The norm stays where it is with a class token: after the blocks, on every token.
+        return sizes | tokens | {"depth": self.depth, "num_heads": self.num_heads, "fc_norm": False}
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of images of each data set in a batch; all but the first are even, for mixing."""
+        shares = self.shares or [1.0] * len(self.data)
+        rest = [round(self.batch_size * share / sum(shares) / 2) * 2 for share in shares[1:]]
+        return [self.batch_size - sum(rest), *rest]
+
+    @property
+    def whole_step(self) -> int:
+        """Number of steps after which whole images are shown as they are."""
+        return round(self.steps * self.whole_from)
 
     def rate(self, step: int) -> float:
         """Return the factor on the learning rates."""
@@ -194,6 +226,7 @@ class Run:
         )
         self.options, self.step, self.seconds = options, 0, 0.0
         self.vit, self.heads = vit, nn.ModuleList(nn.Linear(options.embed_dim, count) for count in classes)
+        self.mixers = [Mixup(0.8, 1.0, prob=options.mixed, mode="elem", num_classes=count) for count in classes]
         self.model = nn.ModuleDict({"vit": self.vit, "heads": self.heads})
         self.model.to(device)
         matrices = [p for name, p in vit.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
@@ -208,20 +241,35 @@ class Run:
         for name, optimizer in self.optimizers.items():
             optimizer.param_groups[0]["lr"] = self.peak_rates[name] * self.options.rate(self.step)
             optimizer.zero_grad()
-        images = augment(torch.cat([pixels for pixels, _ in batches]), self.options.smallest_crop)
+        images, targets = (
+            augment(torch.cat([p for p, _ in batches]), self.options.smallest_crop),
+            [t for _, t in batches],
+        )
+        if self.step >= self.options.whole_step:
+            self.vit.patch_drop = nn.Identity()
+        elif self.options.mixed:
+            images, targets = self.mix(images, targets)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            features = self.vit(images).split([len(labels) for _, labels in batches])
-        loss = torch.stack(
-            [
-                functional.cross_entropy(head(part.float()), labels, label_smoothing=self.options.label_smoothing)
-                for head, part, (_, labels) in zip(self.heads, features, batches, strict=True)
-            ]
-        ).mean()
+            features = self.vit(images).split([len(target) for target in targets])
+        losses = [
+            functional.cross_entropy(
+                head(part.float()), target, reduction="none", label_smoothing=self.options.label_smoothing
+            )
+            for head, part, target in zip(self.heads, features, targets, strict=True)
+        ]
+        loss = torch.cat(losses).mean()
         loss.backward()
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.step += 1
         self.losses.append(loss.item())
+
+    def mix(self, images: Tensor, labels: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return images, some of them mixed with others of their data set, and the shares of the classes in each."""
+        np.random.seed(int(torch.randint(2**31, ())))  # timm draws from numpy's global generator
+        parts = images.split([len(part) for part in labels])
+        pairs = [mixer(part, target) for mixer, part, target in zip(self.mixers, parts, labels, strict=True)]
+        return torch.cat([part for part, _ in pairs]), [target for _, target in pairs]
 
     def save(self, path: Path, description: dict[str, str]) -> None:
         """Write the state and what decides the result, whole or not at all."""
@@ -263,8 +311,7 @@ def export(vit_state: dict[str, Tensor], model_args: dict[str, int], folder: Pat
 
 def batches_of(data: list[DataSet], options: Pretraining, step: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Return one batch of every data set, together `batch_size` images."""
-    for index, dataset in enumerate(data):
-        count = options.batch_size // len(data) + (index < options.batch_size % len(data))
+    for dataset, count in zip(data, options.counts, strict=True):
         yield dataset.batch(step * count, count)
 
 

@@ -282,27 +282,31 @@ def benchmark(options: Any) -> None:
     Stopped and started again with the same --out, it goes on. `--plan true` says first how long it would take.
     """
     from gift.benchmark.benchmark import run_benchmark  # noqa: PLC0415
+    from gift.benchmark.outcome import OUTCOME  # noqa: PLC0415
     from gift.benchmark.plan import describe_plan, plan_benchmark  # noqa: PLC0415
 
     if options.plan:
         print(describe_plan(plan_benchmark(options)))
         return
     run_benchmark(options, report=lambda text: print(text, flush=True))
-    print((options.out / "table.md").read_text())
-    print(f"Wrote {options.out}: runs.jsonl, table.md, table.csv, pareto.png, pareto.svg")
+    print((options.out / ("validation.md" if options.search_only else "table.md")).read_text())
+    written = ["runs.jsonl", "validation.md", *(() if options.search_only else OUTCOME)]
+    print(f"Wrote {options.out}: {', '.join(written)}")
 
 
-def table(results: Path, reference: str | None = None, out: Path | None = None) -> None:
+def table(results: Path, reference: str | None = None, out: Path | None = None, validation: bool = False) -> None:
     """Write the table of a benchmark, e.g. `gift benchmark table runs/offline --out table.csv`.
 
     Args:
         results: Folder of a benchmark, or its runs.jsonl.
         reference: Method that differences are taken to; by default `lora` if it is there, else the first.
         out: File to write, .md or .csv; by default the table is printed.
+        validation: Whether to show the best of every search on validation images, to choose between configurations,
+            and not the tests.
     """
     from gift.benchmark.outcome import write_table  # noqa: PLC0415
 
-    print(write_table(results, reference, out))
+    print(write_table(results, reference, out, validation))
 
 
 def plot(results: Path, out: Path = Path("pareto.png")) -> None:

@@ -4,6 +4,7 @@ The folder of a benchmark holds
 
     runs.jsonl       one line a run: what was run, with what, on what, and what came out
     runs/            what `gift train` left of each; weights of final runs only
+    validation.md    the best of every search
     table.md, table.csv, pareto.png, pareto.svg
 """
 
@@ -65,9 +66,9 @@ def run_benchmark(options: BenchmarkOptions, report: Callable[[str], None] = log
         record = Record(options.out)
         searches = planned_searches(options, tasks, methods)
         problems = _perform(options, record, searches, "search", report)
-        finals = final_runs(searches, record.lines, options.seeds)
+        finals = final_runs(searches, record.lines, options.final_seeds)
         problems |= _perform(options, record, finals, "final runs", report)
-        for task, method in _without_final_runs(searches, finals):
+        for task, method in _without_final_runs(searches, finals) if options.final_seeds else ():
             report(f"{task}/{method}: no try came to an end that could be chosen, so there is no final run")
         write_outcome(list(record.lines.values()), options.out, options.reference)
         _check_done(problems, len(searches) + len(finals))
@@ -89,7 +90,8 @@ def planned_searches(
     options: BenchmarkOptions, tasks: list[BenchmarkTask], methods: list[BenchmarkMethod]
 ) -> list[Run]:
     """Return the runs of all searches."""
-    pairs = {method.name: tries(method.rates, options.tries) for method in methods}
+    given = tuple(sorted(options.learning_rates or ()))
+    pairs = {method.name: tries(given or method.rates, options.tries) for method in methods}
     search = {"tries": max(map(len, pairs.values())), "scheduler": options.scheduler}
     return search_runs(options.suite, tasks, methods, pairs, search, options.changes)
 

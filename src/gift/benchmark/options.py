@@ -15,7 +15,13 @@ from gift.tuner.options import check_choice, check_number
 
 LOCAL, NO_RAY = "local", "none"
 FIFO, ASHA = "fifo", "asha"
-LISTS = {"methods": str, "seeds": int, "tasks": str, "folders": Path}  # options of several words
+LISTS = {
+    "methods": str,
+    "seeds": int,
+    "tasks": str,
+    "folders": Path,
+    "learning_rates": float,
+}  # options of several words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,10 @@ class BenchmarkOptions:
         folders: Further tasks: images in any form that `gift train --data` takes, with test images.
         model: Backbone; by default that of the suite.
         epochs: Passes over the images; by default those of the suite.
-        budget: Tries of learning rate and weight decay, the same number for every method; by default all 24 pairs.
+        budget: Tries of learning rate and weight decay, the same number for every method; by default all pairs.
+        learning_rates: To search, for every method; by default six for each, those of the suite.
+        search_only: Whether to stop after the searches, with the best accuracies on validation images: for choosing
+            between configurations.
         reduced: Whether to take a first look: 4 epochs and 4 tries, unless they are given.
         plan: Whether to count the runs, measure what they cost and say how long they would take, and stop there.
         ray: Address of a Ray cluster, `auto` for the one that is found; `local` for one of this machine's cores;
@@ -59,6 +68,8 @@ class BenchmarkOptions:
     model: str | None = None
     epochs: int | None = None
     budget: int | None = None
+    learning_rates: Sequence[float] | None = None
+    search_only: bool = False
     reduced: bool = False
     plan: bool = False
     ray: str = LOCAL
@@ -86,6 +97,9 @@ class BenchmarkOptions:
             raise ValueError(
                 f"seeds must be different whole numbers, not {SEARCH_SEED} (the search), got {self.seeds}."
             )
+        rates = self.learning_rates
+        if rates is not None and (not rates or len(set(rates)) < len(rates) or not 0 < min(rates) <= max(rates) < 1e3):
+            raise ValueError(f"learning_rates must be different positive numbers, got {rates}.")
         if self.scheduler == ASHA and self.ray == NO_RAY:
             raise ValueError("The scheduler asha is Ray Tune's: it needs --ray.")
 
@@ -95,6 +109,11 @@ class BenchmarkOptions:
         epochs = self.epochs or (REDUCED["epochs"] if self.reduced else None)
         given = {"model": self.model, "epochs": epochs}
         return {key: value for key, value in given.items() if value is not None}
+
+    @property
+    def final_seeds(self) -> Sequence[int]:
+        """Seeds of the final runs; none if there shall be none."""
+        return () if self.search_only else self.seeds
 
     @property
     def tries(self) -> int | None:

@@ -6,24 +6,32 @@ from pathlib import Path
 
 from gift.benchmark.plots import draw_pareto
 from gift.benchmark.record import read_lines
-from gift.benchmark.runs import TEST, Line
+from gift.benchmark.runs import SEARCH, TEST, Line
 from gift.benchmark.summary import Summary, summarise
 from gift.benchmark.tables import csv_text, markdown
+from gift.benchmark.validation import validation_markdown
 from gift.training.folder import write
 
 logger = logging.getLogger(__name__)
 REFERENCE = "lora"  # where it is among the methods
+OUTCOME = ("table.md", "table.csv", "pareto.png", "pareto.svg")  # of tests
 FORMATS = {".md": markdown, ".csv": csv_text}
 
 
 def summary_of(lines: Sequence[Line], reference: str | None = None) -> Summary:
     """Return what lines come to, with differences to `reference`, or to LoRA, or to the first method."""
-    methods = list(dict.fromkeys(line["method"] for line in lines if line["phase"] == TEST))
-    return summarise(lines, reference or (REFERENCE if REFERENCE in methods or not methods else methods[0]))
+    return summarise(lines, _reference(lines, TEST, reference))
+
+
+def _reference(lines: Sequence[Line], phase: str, given: str | None) -> str:
+    methods = list(dict.fromkeys(line["method"] for line in lines if line["phase"] == phase))
+    return given or (REFERENCE if REFERENCE in methods or not methods else methods[0])
 
 
 def write_outcome(lines: Sequence[Line], out: Path, reference: str | None) -> None:
-    """Write the table as Markdown and CSV, and the plot as PNG and SVG, if there is a test yet."""
+    """Write what the searches came to, and, if there is a test yet, table (Markdown, CSV) and plot (PNG, SVG)."""
+    if any(line["phase"] == SEARCH for line in lines):
+        write(out / "validation.md", validation_markdown(lines, _reference(lines, SEARCH, reference)))
     if not any(line["phase"] == TEST for line in lines):
         return
     summary = summary_of(lines, reference)
@@ -36,19 +44,24 @@ def write_outcome(lines: Sequence[Line], out: Path, reference: str | None) -> No
         draw_pareto(summary, out / f"pareto.{kind}")
 
 
-def write_table(results: Path, reference: str | None, out: Path | None) -> str:
-    """Return the table of results in Markdown, or write it and say where.
+def write_table(results: Path, reference: str | None, out: Path | None, validation: bool = False) -> str:
+    """Return the table of results in Markdown, or write it and say where; with `validation` that of the searches.
 
     Raises:
         ValueError: If there are no results, or `out` is no .md or .csv.
     """
-    if out is not None and out.suffix not in FORMATS:
-        raise ValueError(f"A table is written as {' or '.join(FORMATS)}, got {out}.")
-    summary = summary_of(read_lines(results), reference)
+    formats = (".md",) if validation else tuple(FORMATS)
+    if out is not None and out.suffix not in formats:
+        raise ValueError(f"This table is written as {' or '.join(formats)}, got {out}.")
+    lines, kind = read_lines(results), ".md" if out is None else out.suffix
+    if validation:
+        text = validation_markdown(lines, _reference(lines, SEARCH, reference))
+    else:
+        text = FORMATS[kind](summary_of(lines, reference))
     if out is None:
-        return markdown(summary)
+        return text
     out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, FORMATS[out.suffix](summary))
+    write(out, text)
     return f"Wrote {out}."
 
 

@@ -84,13 +84,14 @@ def plan_benchmark(options: BenchmarkOptions) -> Plan:
     tasks = tasks_by_catalogue(options.suite, names)
     tasks += open_tasks(options.suite, (), folders, options.data, SEARCH_SEED)
     searches = planned_searches(options, tasks, methods)
-    runs = [*searches, *_finals(searches, options.seeds)]
+    runs = [*searches, *_finals(searches, options.final_seeds)]
     record = Record(options.out)
     record.missing(searches)  # raises where a benchmark would
     left = [run for run in runs if run.id not in record.lines]
     torch.set_num_threads(options.cpus_per_run)
     costs = tuple(_cost(method, [run for run in left if run.method == method], options) for method in methods)
-    count = f"({len(searches) // (len(tasks) * len(methods))} tries + {len(options.seeds)} seeds) = {len(runs):,} runs"
+    tries = len(searches) // (len(tasks) * len(methods))
+    count = f"({tries} tries + {len(options.final_seeds)} seeds) = {len(runs):,} runs"
     trained = searches[0].options(options.out)
     sizes = f"{len(tasks)} tasks x {len(methods)} methods x {count}"
     title = f"{options.suite}, {trained.model}, {trained.epochs} epochs: {sizes}"

@@ -1,7 +1,7 @@
 """The runs of a benchmark: which there are, and the line that each leaves in the results."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,13 @@ def final_runs(searches: Sequence[Run], lines: dict[str, Line], seeds: Sequence[
     for run in searches:
         of_search.setdefault((run.task.name, run.method.name), []).append(run)
     complete = [runs for runs in of_search.values() if all(run.id in lines for run in runs)]
-    best = [min(runs, key=lambda run: _rank(run, lines)) for runs in complete]
+    best = [min(runs, key=lambda run: rank(lines[run.id])) for runs in complete]
     chosen = [run for run in best if lines[run.id]["accuracy"] is not None]
     return [replace(run, phase=TEST, seed=seed) for run in chosen for seed in seeds]
 
 
-def _rank(run: Run, lines: dict[str, Line]) -> tuple[float, float, float]:
-    line = lines[run.id]
+def rank(line: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return the key by which tries are ordered, the best first."""
     if line["accuracy"] is None:
-        return 1.0, 0.0, run.learning_rate
-    return -line["accuracy"], line["loss"], run.learning_rate
+        return 1.0, 0.0, line["learning_rate"]
+    return -line["accuracy"], line["loss"], line["learning_rate"]

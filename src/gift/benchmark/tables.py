@@ -27,13 +27,13 @@ def markdown(summary: Summary) -> str:
     parts = [
         f"## {_plain(SUITES.get(summary.suite, summary.suite))}: {_plain(summary.model)}, {summary.epochs} epochs",
         "Accuracy in % on test images. Seconds and milliseconds are medians of runs, memory is the most of any run.",
-        _table(_main_header(summary), [_main_cells(row, summary) for row in rows]),
+        table(_main_header(summary), [_main_cells(row, summary) for row in rows]),
         "\n".join(f"- {_plain(note)}" for note in (COVERAGE, *summary.notes)),
         "### By task",
-        _table(header, by_task),
+        table(header, by_task),
         "### Learning rate / weight decay",
         "Of the test runs; chosen on validation images, not on those of the tables above.",
-        _table(header, rates),
+        table(header, rates),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -125,7 +125,8 @@ def _cost(value: float | int | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; cells may hold any text."""
     lines = [map(_plain, header), ["---"] * len(header), *(map(_plain, row) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
