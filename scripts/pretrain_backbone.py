@@ -226,7 +226,8 @@ class Run:
         )
         self.options, self.step, self.seconds = options, 0, 0.0
         self.vit, self.heads = vit, nn.ModuleList(nn.Linear(options.embed_dim, count) for count in classes)
-        self.mixers = [Mixup(0.8, 1.0, prob=options.mixed, mode="elem", num_classes=count) for count in classes]
+        mixing: dict[str, Any] = {"prob": options.mixed, "mode": "elem", "label_smoothing": 0.0}  # that is of the loss
+        self.mixers = [Mixup(0.8, 1.0, num_classes=count, **mixing) for count in classes]
         self.model = nn.ModuleDict({"vit": self.vit, "heads": self.heads})
         self.model.to(device)
         matrices = [p for name, p in vit.named_parameters() if name.startswith("blocks.") and p.ndim == 2]

@@ -43,6 +43,21 @@ def test_options_are_read_as_yaml_and_reach_the_method_or_the_training():
     assert (method.options["method"], method.options["warmup_ratio"]) == ("gift", 0.3)
 
 
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("[attn.qkv[q],attn.qkv[v]],r=8", ["attn.qkv[q]", "attn.qkv[v]"]),
+        ("attn.qkv[v],r=8", "attn.qkv[v]"),
+        ("[attn.proj],r=8", ["attn.proj"]),
+        ("all-linear,r=8", "all-linear"),
+    ],
+)
+def test_targets_may_be_parts_of_fused_layers(text, targets):
+    method = read(f"gift-paca:target_modules={text}")
+    assert method.options["method_options"] == {"generator": "paca", "target_modules": targets, "r": 8}
+    check_methods([method], SMALL)
+
+
 def test_numbers_may_have_an_exponent():
     assert read("lora:train.head_learning_rate=1e-3").options["head_learning_rate"] == 0.001
     assert read("lora:lora_dropout=5E-1").options["method_options"] == {"lora_dropout": 0.5}

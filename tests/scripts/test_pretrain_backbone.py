@@ -158,6 +158,67 @@ def test_every_batch_has_equally_many_images_of_each_data_set(script, data):
     assert seen[0][:12] != seen[0][12:]
 
 
+def test_batches_are_shared_as_is_said(script, data):
+    paths = [Path(path) for path in data[1:]]
+    options = script.Pretraining(paths, Path(), image_size_px=16, batch_size=16, shares=[1, 3])
+    sets = [script.DataSet(path, options, torch.device("cpu")) for path in paths]
+    assert [len(labels) for _, labels in script.batches_of(sets, options, 0)] == [4, 12]
+    for shares in ([1.0], [1.0, 0.0], [1.0, -1.0]):
+        with pytest.raises(ValueError, match="shares must be positive, one for each of 2 data sets"):
+            script.Pretraining(paths, Path(), shares=shares)
+    with pytest.raises(ValueError, match="mixed in pairs: batch_size must be even, got 9"):
+        script.Pretraining(paths, Path(), batch_size=9, mixed=0.5)
+
+
+def make_run(script, **changes):
+    given = {"depth": 1, "embed_dim": 32, "num_heads": 2, "image_size_px": 16, "patch_size_px": 4, "batch_size": 8}
+    options = script.Pretraining([Path("two"), Path("three")], Path(), samples=80, **(given | changes))
+    return script.Run(options, [2, 3], torch.device("cpu"))
+
+
+def test_images_are_mixed_with_others_of_their_data_set_and_targets_with_them(script):
+    torch.manual_seed(0)
+    images = torch.stack([torch.full((3, 16, 16), float(value)) for value in (0, 1, 0, 1, 5, 6, 7, 5)])
+    labels = [torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 2, 0])]
+    mixed, (two, three) = make_run(script, mixed=1.0).mix(images.clone(), labels)
+    assert (two.shape, three.shape) == ((4, 2), (4, 3))
+    assert torch.allclose(two.sum(dim=1), torch.ones(4))
+    # The mean of an image tells how much of it is of the other one.
+    assert torch.allclose(mixed[:4].mean(dim=(1, 2, 3)), two[:, 1], atol=1e-5)
+    assert torch.allclose(mixed[4:].mean(dim=(1, 2, 3)), three @ torch.tensor([5.0, 6.0, 7.0]), atol=1e-5)
+    assert (two.max(dim=1).values < 1).any()
+
+
+def test_the_last_steps_see_whole_images_as_they_are(script, monkeypatch):
+    run = make_run(script, mixed=1.0, whole_from=0.5, patch_drop_rate=0.5)
+    mixed, tokens = [], []
+    monkeypatch.setattr(script.Run, "mix", lambda run, images, labels: (mixed.append(run.step), (images, labels))[1])
+    run.vit.blocks[0].register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[1]))
+    batches = [(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))] * 2
+    for _ in range(10):
+        run.train_step(batches)
+    assert mixed == [0, 1, 2, 3, 4]
+    assert tokens == [1 + 8] * 5 + [1 + 16] * 5
+
+
+def test_registers_may_take_the_place_of_the_class_token(script, data, tmp_path):
+    changes = ["--class_token=false", "--reg_tokens=2", "--global_pool=avg", "--mixed=0.5", "--whole_from=0.5"]
+    whole = pretrain(script, data, tmp_path / "whole", *changes)
+    patched = pytest.MonkeyPatch()
+    kill_after(script, patched, steps=4)
+    with pytest.raises(Killed):
+        pretrain(script, data, tmp_path / "killed", "--save_every_minutes=0", *changes)
+    patched.undo()
+    continued = pretrain(script, data, tmp_path / "killed", *changes)
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "whole" / "backbone", num_labels=2).eval()
+    vit, images = model.timm_model, torch.randn(2, 3, 16, 16)
+    assert (vit.cls_token, vit.num_reg_tokens, vit.global_pool) == (None, 2, "avg")
+    expected = vit.forward_features(images)[:, 2:].mean(dim=1)  # the norm comes before the mean
+    assert torch.allclose(vit.forward_head(vit.forward_features(images), pre_logits=True), expected)
+    assert any(name.endswith(".norm.weight") for name in whole)
+
+
 def test_help_is_shown(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from transformers import PreTrainedModel
 
 from gift.baselines.methods import LORA_DEFAULTS, method_config
 from gift.baselines.toast import ToastConfig
@@ -66,7 +67,7 @@ def _read_method(name: str, protocol: Protocol) -> BenchmarkMethod:
     given, _, text = name.partition(":")
     method, fixed = ALIASES.get(given, (given.lower(), {}))
     own, of_training = {}, {}
-    for part in re.split(r",(?![^\[]*\])", text) if text else ():
+    for part in _split(text):
         key, found, value = part.partition("=")
         if not found or not key.strip():
             raise ValueError(f"The method {name!r} must read NAME:OPTION=VALUE,OPTION=VALUE; {part!r} is no option.")
@@ -80,8 +81,23 @@ def _read_method(name: str, protocol: Protocol) -> BenchmarkMethod:
     return BenchmarkMethod(name, title, options, protocol.rates_of(method))
 
 
+def _split(text: str) -> list[str]:
+    """Return what stands between the commas that are in no brackets: a list, of parts of layers perhaps, is one."""
+    parts, depth = [""] if text else [], 0
+    for letter in text:
+        depth += {"[": 1, "]": -1}.get(letter, 0)
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
 def _read_value(text: str) -> Any:
-    return float(text) if _NUMBER.fullmatch(text.strip()) else yaml.safe_load(text)
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        return [_read_value(one) for one in _split(text[1:-1])]
+    return float(text) if _NUMBER.fullmatch(text) else yaml.safe_load(text)
 
 
 def _check_training(name: str, options: dict[str, Any]) -> None:
@@ -116,6 +132,9 @@ def _title(method: str, options: dict[str, Any], named: dict[str, Any]) -> str:
 
 def check_methods(methods: Sequence[BenchmarkMethod], model: str) -> None:
     """Raise ValueError, before anything is trained, if a method or one of its options does not go with the backbone."""
+    backbones: dict[float, PreTrainedModel] = {}
     for method in methods:
-        backbone = load_backbone(model, ("a", "b"), method.options.get("drop_path", 0))
+        drop_path = method.options.get("drop_path", 0)
+        backbone = backbones.get(drop_path) or load_backbone(model, ("a", "b"), drop_path)
+        backbones[drop_path] = backbone
         method_config(method.options["method"], backbone, method.options["method_options"])
