@@ -1,13 +1,16 @@
 """The comparison that docs/plan-of-comparison.md plans: its runs, and the documents that show what they came to.
 
-    python benchmarks/comparison.py main --data runs/data --photos runs/data/photos --runs runs/comparison
-    python benchmarks/comparison.py screening --data runs/data --photos runs/data/photos --runs runs/ablations
-    python benchmarks/comparison.py ablations --data runs/data --photos runs/data/photos --runs runs/ablations
-    python benchmarks/comparison.py write --runs runs/comparison runs/ablations --documents docs/benchmarks.md README.md
+    python benchmarks/comparison.py run search --data runs/data --photos runs/data/photos
+    python benchmarks/comparison.py write --documents docs/benchmarks.md README.md --take_over true
 
-`main` is the table, `screening` every ablation on one seed, `ablations` five seeds of those that matter. Each is a call
-of `gift benchmark`: stopped and started again, it goes on. `--plan true` says how long it would take. `write` takes the
-lines over into `results/` and writes the tables anew, without --runs from what lies there.
+The steps of `run`, in this order: `search` (of the methods of the primary question), `primary` (their tests), `others`
+(the rest of the table), `screening` (searches of all ablations), `ablations` (tests of those that matter). Each is one
+or more benchmarks in runs/comparison or runs/ablations: stopped and started again, it goes on; `--plan true` says how
+long it would take. `write` takes lines over into `results/`, if told to, and writes tables anew from what lies there.
+TOAST needs its feedback path, pre-trained on images of Tiny-ImageNet:
+
+    gift train --data tinyimagenet64-train.parquet --method toast --reconstruction 0.1 --epochs 1 --batch_size 64 \
+        --learning_rate 1e-3 --output_dir runs/upstream
 """
 
 import json
@@ -15,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import auto_cli
 
@@ -24,8 +28,10 @@ from gift.benchmark.benchmark import run_benchmark
 from gift.benchmark.options import BenchmarkOptions
 from gift.benchmark.plan import describe_plan, plan_benchmark
 from gift.benchmark.record import read_lines
+from gift.benchmark.runs import Line
+from gift.training.folder import write as write_file
 
-EPOCHS, TRIES, SEEDS = 5, 4, (0, 1, 2, 3, 4)
+EPOCHS, TRIES = 5, 4
 PHOTOS = ("flowers17", "caltech97")
 FEEDBACK = "runs/upstream/adapter"  # of TOAST, pre-trained on the same backbone
 
@@ -35,122 +41,129 @@ OTHERS = (
     "linear-probe",
     *("lora:r=1,lora_alpha=1", "lora:r=2,lora_alpha=2", "lora:r=4,lora_alpha=4"),
     *("gift-linear:r=8", "gift-linear", "gift-linear:r=32"),
-    *("bitfit", "vpt-deep", "vera", f"toast-lite:feedback={FEEDBACK}", "full"),
+    *("bitfit", "vpt-deep", "vera", "full", f"toast-lite:feedback={FEEDBACK}"),
 )
 
-ABLATED_ON = ("digits", "rendered_flowers", "flowers17")
-ABLATION_RATES = (5e-3, 1e-2)
-ABLATIONS = (
-    *(f"{DEFAULT}:num_clusters={count}" for count in (8, 32, 192)),
-    *(f"{DEFAULT}:{option}" for option in ("num_blocks=2", "num_heads=2", "num_heads=4", "mlp_ratio=0")),
-    *(f"{DEFAULT}:{option}" for option in ("position=none", "position=learned", "norm=layer", "norm=none")),
-    *(
-        f"{DEFAULT}:{option}"
-        for option in ("assignment=softmax", "assignment_gain=8", "init_scale=0.25", "init_scale=4")
-    ),
-    *(f"{DEFAULT}:{option}" for option in ("share=layer", "recover_bias=true", "scaling=0.25", "scaling=4")),
-    *("gift-linear", "gift:generator=mlp", "gift:generator=transformer", "gift:generator=mixer"),
+CHANGES = (
+    *("num_clusters=8", "num_clusters=32", "num_clusters=192", "num_blocks=2", "num_heads=4"),
+    *("position=none", "position=learned", "norm=layer", "norm=none", "assignment=softmax"),
+    *("init_scale=0.25", "init_scale=4", "share=layer"),
 )
-PLACES = tuple(
-    f"{DEFAULT}:target_modules={place}"
-    for place in ("attn.qkv[v]", "[attn.qkv[q],attn.qkv[v]]", "mlp.fc2", "all-linear")
-)
+GENERATORS = ("gift-linear", "gift:generator=mlp", "gift:generator=transformer", "gift:generator=mixer")
+PLACES = ("[attn.qkv[v]]", "[attn.qkv[q],attn.qkv[v]]", "[mlp.fc2]", "all-linear")
+ALWAYS = tuple(f"{DEFAULT}:target_modules={place}" for place in PLACES)  # tested whatever the screening says
+ABLATIONS = (*(f"{DEFAULT}:{change}" for change in CHANGES), *GENERATORS, *ALWAYS)
+
+STEPS = ("search", "primary", "others", "screening", "ablations")
+FOLDERS = {"comparison": STEPS[:3], "ablations": STEPS[3:]}
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of the comparison: groups of methods that are run one after the other, on some tasks or all."""
+class Place:
+    """Where images and runs are.
 
-    groups: tuple[tuple[str, ...], ...]
-    tasks: tuple[str, ...] | None = None
-    rates: tuple[float, ...] | None = None
-    search_only: bool = False
+    Attributes:
+        data: Folder that holds the drawn tasks, or where they are drawn.
+        photos: Folder that holds the folders flowers17 and caltech97.
+        runs: Folder of the folders of the benchmarks.
+    """
 
-    def options(self, group: Sequence[str], data: Path, photos: Path, runs: Path) -> BenchmarkOptions:
+    data: Path
+    photos: Path
+    runs: Path
+
+    def benchmark(self, folder: str, methods: Sequence[str], **changes: Any) -> BenchmarkOptions:
+        """Return what `gift benchmark` is told: the whole protocol of the plan."""
+        tasks = changes.get("tasks", tables.TASKS)
+        given = {"suite": "offline", "out": self.runs / folder, "data": self.data, "keep_weights": False}
+        given |= {"folders": [self.photos / name for name in PHOTOS if name in tasks], "tasks": tasks}
         return BenchmarkOptions(
-            suite="offline",
-            out=runs,
-            data=data,
-            folders=[photos / name for name in PHOTOS if self.tasks is None or name in self.tasks],
-            tasks=self.tasks,
-            methods=group,
-            learning_rates=self.rates,
-            budget=len(self.rates) if self.rates else TRIES,
-            epochs=EPOCHS,
-            seeds=SEEDS,
-            search_only=self.search_only,
-            keep_weights=False,
+            **(given | {"methods": methods, "epochs": EPOCHS, "budget": TRIES, "seeds": tables.SEEDS} | changes)
         )
 
 
-PARTS = {
-    "main": Part((PRIMARY, *((method,) for method in OTHERS))),
-    "screening": Part(((DEFAULT, *ABLATIONS, *PLACES),), ABLATED_ON, ABLATION_RATES, search_only=True),
-}
+def benchmarks_of(step: str, place: Place) -> list[BenchmarkOptions]:
+    """Return the benchmarks of a step, in the order in which they are run.
+
+    Raises:
+        ValueError: If a step before it is not finished.
+    """
+    if step == "search":
+        return [place.benchmark("comparison", PRIMARY, search_only=True)]
+    if step == "primary":
+        chosen = tables.choose(_lines(place, "comparison"))
+        more = place.benchmark("comparison", (tables.LORA, chosen), seeds=tables.PRIMARY_SEEDS)
+        return [place.benchmark("comparison", PRIMARY), more]
+    if step == "others":
+        return [place.benchmark("comparison", (method,)) for method in OTHERS]
+    if step == "screening":
+        return [place.benchmark("ablations", (DEFAULT, *ABLATIONS), tasks=tables.ABLATED_ON, search_only=True)]
+    matter = tables.that_matter(_lines(place, "ablations"), ABLATIONS, ALWAYS)
+    return [place.benchmark("ablations", (DEFAULT, *matter), tasks=tables.ABLATED_ON)]
 
 
-def _run(part: Part, data: Path, photos: Path, runs: Path, plan: bool) -> None:
-    for group in part.groups:
-        options = part.options(group, data, photos, runs)
-        if plan:
-            print(describe_plan(plan_benchmark(options)))
-        else:
-            run_benchmark(options, report=lambda text: print(text, flush=True))
+def _lines(place: Place, folder: str) -> list[Line]:
+    return read_lines(place.runs / folder)
 
 
-def main(data: Path, photos: Path, runs: Path, plan: bool = False) -> None:
-    """Run the table: the methods of the primary question first.
+def run(step: str, data: Path, photos: Path, runs: Path = Path("runs"), plan: bool = False) -> None:
+    """Run a step, or go on with it; a benchmark that fails keeps no other from being run.
 
     Args:
+        step: search, primary, others, screening or ablations.
         data: Folder that holds the drawn tasks, or where they are drawn.
         photos: Folder that holds the folders flowers17 and caltech97.
-        runs: Folder of this benchmark.
+        runs: Folder of the folders of the benchmarks.
         plan: Whether to say only how long it would take.
     """
-    _run(PARTS["main"], data, photos, runs, plan)
+    if step not in STEPS:
+        raise ValueError(f"There is no step {step!r}: choose {', '.join(STEPS)}.")
+    problems, hours = [], 0.0
+    for options in benchmarks_of(step, Place(data, photos, runs)):
+        try:
+            if plan:
+                planned = plan_benchmark(options)
+                hours += planned.hours / planned.at_once
+                print(describe_plan(planned), f"{hours:.1f} hours up to here", sep="\n")
+            else:
+                run_benchmark(options, report=lambda text: print(text, flush=True))
+        except ValueError as error:
+            problems.append(f"{', '.join(options.methods)}: {error}")
+    if problems:
+        sys.exit("\n".join(problems))
 
 
-def screening(data: Path, photos: Path, runs: Path, plan: bool = False) -> None:
-    """Run the search of every ablation, on one seed.
-
-    Args:
-        data: As for `main`.
-        photos: As for `main`.
-        runs: Folder of this benchmark, another one.
-        plan: Whether to say only how long it would take.
-    """
-    _run(PARTS["screening"], data, photos, runs, plan)
-
-
-def ablations(data: Path, photos: Path, runs: Path, plan: bool = False) -> None:
-    """Run five seeds of the ablations that differ most from the default on validation images, and of all places.
-
-    Args:
-        data: As for `main`.
-        photos: As for `main`.
-        runs: Folder of the screening.
-        plan: Whether to say only how long it would take.
-    """
-    matter = tables.that_matter(read_lines(runs), PLACES)
-    print(f"Five seeds of {', '.join(matter)}")
-    _run(Part(((DEFAULT, *matter),), ABLATED_ON, ABLATION_RATES), data, photos, runs, plan)
-
-
-def write(results: Path = Path("results"), runs: Sequence[Path] = (), documents: Sequence[Path] = ()) -> None:
-    """Take over lines, and write the tables of documents anew.
+def write(
+    documents: Sequence[Path] = (),
+    results: Path = Path("results"),
+    runs: Path = Path("runs"),
+    take_over: bool = False,
+) -> None:
+    """Write the tables of documents anew, from what lies in `results/`.
 
     Args:
-        results: Folder of the repository that holds the lines.
-        runs: Folders of benchmarks; the lines of each become a file of the folder's name.
         documents: Documents whose tables are written anew.
+        results: Folder of the repository that holds the lines.
+        runs: Folder of the folders of the benchmarks.
+        take_over: Whether to take the lines of these over into `results/` first.
     """
-    for folder in runs:
-        lines = "".join(f"{json.dumps(line)}\n" for line in read_lines(folder))
-        (results / f"{folder.name}.jsonl").write_text(lines)
-    lines = {path.stem: read_lines(path) for name in tables.FILES if (path := results / f"{name}.jsonl").exists()}
+    for name in FOLDERS if take_over else ():
+        if (runs / name).exists():
+            _take_over(runs / name, results / f"{name}.jsonl")
     for document in documents:
-        tables.write_tables(document, lines)
+        tables.write_tables(document, tables.read_results(results))
+
+
+def _take_over(folder: Path, path: Path) -> None:
+    lines = read_lines(folder)
+    lost = {line["id"] for line in read_lines(path)} - {line["id"] for line in lines} if path.exists() else set()
+    if lost:
+        raise ValueError(
+            f"{folder} lacks {len(lost)} runs of {path}, such as {min(lost)}, which would be lost: copy {path} to "
+            f"{folder / 'runs.jsonl'}, and go on with the runs from there."
+        )
+    write_file(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 if __name__ == "__main__":
-    auto_cli([main, screening, ablations, write], as_positional=False)
+    auto_cli([run, write], as_positional=True)

@@ -1,34 +1,38 @@
 """What the lines of `benchmarks/comparison.py` come to: the primary question, ranks, ablations, tables of documents."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks import suite
 from benchmarks.documents import replace_between
-from gift.benchmark.intervals import Estimate
+from gift.benchmark.intervals import LEVEL, Estimate, paired_interval
 from gift.benchmark.outcome import summary_of
 from gift.benchmark.plots import draw_pareto
+from gift.benchmark.record import read_lines
 from gift.benchmark.runs import TEST
-from gift.benchmark.summary import Row, Summary, summarise
 from gift.benchmark.tables import NOTHING, table
 from gift.benchmark.validation import Searched, read_searches
 
 Line = Mapping[str, Any]
 
+TASKS = ("digits", "dsprites_loc", "dsprites_ori", "rendered_flowers", "flowers17", "caltech97")
+SEEDS, PRIMARY_SEEDS = tuple(range(5)), tuple(range(10))
 LORA, DEFAULT = "lora", "gift-paca"
 PACA = (DEFAULT, "gift-paca:r=4", "gift-paca:r=8")
+TIMES_SMALLER, MARGIN = 3, 0.5  # at most a third of LoRA's parameters; not worse by more than half a point
+SPRITES, LEARNED = TASKS[1:3], 20.0  # a mean of LoRA's tests in % below which it has barely learned these
+# Name of the sizes and their ranks, over a factor of four for each; LoRA r = 1 is shown beside.
 FAMILIES = {
-    "LoRA": ("lora:r=1,lora_alpha=1", "lora:r=2,lora_alpha=2", "lora:r=4,lora_alpha=4", LORA),
-    "GIFT paca": ("gift-paca:r=4", "gift-paca:r=8", DEFAULT),
-    "GIFT linear": ("gift-linear:r=8", "gift-linear", "gift-linear:r=32"),
+    "LoRA": {2: "lora:r=2,lora_alpha=2", 4: "lora:r=4,lora_alpha=4", 8: LORA},
+    "GIFT paca": {4: "gift-paca:r=4", 8: "gift-paca:r=8", 16: DEFAULT},
+    "GIFT linear": {8: "gift-linear:r=8", 16: "gift-linear", 32: "gift-linear:r=32"},
 }
-SHARE, MARGIN = 3, 0.5  # at most a third of LoRA's parameters; not worse by more than half a point
-SPRITES, LEARNED = ("dsprites_loc", "dsprites_ori"), 20.0  # below this accuracy in % LoRA has barely learned a task
-MATTERS, MOST = 1.5, 8  # points on validation images from which an ablation gets five seeds, and how many get them
 
-FILES = ("comparison", "ablations")
+ABLATED_ON = ("digits", "rendered_flowers", "flowers17")
+MATTERS, MOST_TESTED = 1.5, 8  # points on validation images from which an ablation is tested; how many are
 
 
 @dataclass(frozen=True)
@@ -37,156 +41,223 @@ class Answer:
 
     Attributes:
         chosen: The size of GIFT that was chosen on validation images.
-        reference: LoRA r = 8.
-        difference: Of the means over tasks in points, with its 95 % interval.
+        difference: Of the mean over tasks to LoRA, in points, with its 95 % interval.
+        without_sprites: The same without dSprites, if LoRA barely learned these; else None.
         verdict: `yes`, `no` or `open`.
     """
 
-    chosen: Row
-    reference: Row
+    chosen: str
     difference: Estimate
+    without_sprites: Estimate | None
     verdict: str
 
 
-def choose(searches: Sequence[Searched]) -> str:
+def choose(lines: Sequence[Line]) -> str:
     """Return the size of GIFT with the best mean on validation images, of those that are small enough.
 
     Of equals it is the smaller one.
+
+    Raises:
+        ValueError: If a search of LoRA or of a size is not finished, or none is small enough.
     """
-    by_name = {searched.method: searched for searched in searches}
-    tasks = tuple(by_name[LORA].best)
-    most = (by_name[LORA].parameters or 0) / SHARE
-    candidates = [by_name[name] for name in PACA if name in by_name and (by_name[name].parameters or 0) <= most]
-    if not candidates or any(one.accuracy(tasks) is None for one in candidates):
-        raise ValueError(f"No size of GIFT with at most {most:,.0f} parameters was searched for on every task of LoRA.")
-    return max(candidates, key=lambda one: (round(one.accuracy(tasks) or 0.0, 6), -(one.parameters or 0))).method
+    searches = {one.method: one for one in read_searches(lines)}
+    unfinished = [name for name in (LORA, *PACA) if name not in searches or set(searches[name].tried) != set(TASKS)]
+    if unfinished:
+        raise ValueError(f"The search is not finished, of {', '.join(unfinished)}.")
+    most = (searches[LORA].parameters or 0) / TIMES_SMALLER
+    small = [searches[name] for name in PACA if (searches[name].parameters or 0) <= most]
+    candidates = [one for one in small if one.accuracy(TASKS) is not None]  # not those that diverged in all tries
+    if not candidates:
+        raise ValueError(f"No size of GIFT with at most {most:,.0f} parameters has a result on every task.")
+    return max(candidates, key=lambda one: (round(one.accuracy(TASKS) or 0.0, 6), -(one.parameters or 0))).method
 
 
-def answer(lines: Sequence[Line], without: Sequence[str] = ()) -> Answer:
-    """Return the answer to the primary question, on all tasks or without some; the choice is made on all."""
-    chosen = choose(read_searches(lines))
-    summary = summarise([line for line in lines if line["task"] not in without], LORA)
-    rows = {row.method: row for row in summary.rows}
-    difference = rows[chosen].scores[summary.mean].difference
-    assert difference is not None
-    return Answer(rows[chosen], rows[LORA], difference, verdict(difference))
+def difference(
+    lines: Sequence[Line], method: str, reference: str, tasks: Sequence[str], level: float = LEVEL
+) -> Estimate | None:
+    """Return the difference of two methods over tasks in points, seed by seed; None if a run is missing or diverged."""
+
+    def accuracies(name: str, task: str) -> dict[int, float | None]:
+        own = [line for line in lines if (line["phase"], line["method"], line["task"]) == (TEST, name, task)]
+        return {line["seed"]: None if line["accuracy"] is None else 100.0 * line["accuracy"] for line in own}
+
+    ours, theirs = ([accuracies(name, task) for task in tasks] for name in (method, reference))
+    if any(None in one.values() or not one for one in (*ours, *theirs)):
+        return None
+    return paired_interval(ours, theirs, level)  # type: ignore[arg-type]
 
 
-def verdict(difference: Estimate) -> str:
+def answer(lines: Sequence[Line]) -> Answer | None:
+    """Return the answer to the primary question, or None while runs of it are missing.
+
+    Where a run diverged, the answer is open.
+    """
+    try:
+        chosen = choose(lines)
+    except ValueError:
+        return None
+    done = {(line["method"], line["task"], line["seed"]) for line in lines if line["phase"] == TEST}
+    needed = {(name, task, seed) for name in (LORA, chosen) for task in TASKS for seed in PRIMARY_SEEDS}
+    if not needed <= done:
+        return None
+    whole = difference(lines, chosen, LORA, TASKS)
+    if whole is None:
+        return Answer(chosen, Estimate(float("nan"), None, None), None, "open")
+    of_lora = [line for line in lines if (line["phase"], line["method"]) == (TEST, LORA)]
+    learned = mean(100 * line["accuracy"] for line in of_lora if line["task"] in SPRITES)
+    rest = None
+    if learned < LEARNED:
+        rest = difference(lines, chosen, LORA, [task for task in TASKS if task not in SPRITES])
+    verdicts = {verdict(one) for one in (whole, rest) if one is not None}
+    return Answer(chosen, whole, rest, verdicts.pop() if len(verdicts) == 1 else "no" if "no" in verdicts else "open")
+
+
+def verdict(estimate: Estimate) -> str:
     """Return whether a method is not worse by more than the margin: yes, no, or open."""
-    if difference.low is None or difference.high is None:
+    if estimate.low is None or estimate.high is None:
         return "open"
-    return "yes" if difference.low > -MARGIN else "no" if difference.high < -MARGIN else "open"
+    return "yes" if estimate.low > -MARGIN else "no" if estimate.high < -MARGIN else "open"
 
 
-def that_matter(lines: Sequence[Line], always: Sequence[str]) -> list[str]:
-    """Return the ablations that differ most from the default on validation images, and those that are always run."""
-    searches = read_searches(lines)
-    changes = {name: abs(change) for name, change in _changes(searches).items() if change is not None}
+def answer_text(lines: Sequence[Line]) -> str:
+    """Return the primary question's answer in words."""
+    found = answer(lines)
+    if found is None:
+        return "Not finished: runs of the primary question are missing."
+    by_method = {line["method"]: line for line in lines if line["phase"] == TEST}
+    chosen, reference = by_method[found.chosen], by_method[LORA]
+    sizes = "{:,} parameters against {:,}".format(
+        *(line["trained_parameters_without_head"] or 0 for line in (chosen, reference))
+    )
+    said = {"yes": "Yes", "no": "No", "open": f"Open: {len(PRIMARY_SEEDS)} seeds do not tell"}[found.verdict]
+    text = f"**{said}.** {chosen['title']}, {sizes}: {_points(found.difference)} on the mean of {len(TASKS)} tasks"
+    if found.without_sprites is None:
+        return f"{text}."
+    return f"{text}, {_points(found.without_sprites)} without dSprites, which LoRA barely learns."
+
+
+def _points(estimate: Estimate | None, digits: int = 2) -> str:
+    if estimate is None:
+        return NOTHING
+    if estimate.low is None:
+        return f"{estimate.mean:+.{digits}f}"
+    return f"{estimate.mean:+.{digits}f} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
+
+
+def table_of_ranks(lines: Sequence[Line]) -> str:
+    """Return how the mean depends on the rank: the means, best less worst, and largest less smallest rank."""
+    rows = []
+    for family, sizes in FAMILIES.items():
+        means = {rank: _mean(lines, name) for rank, name in sizes.items()}
+        known = [value for value in means.values() if value is not None]
+        shown = ", ".join(f"{rank}: {NOTHING if value is None else f'{value:.1f}'}" for rank, value in means.items())
+        spread = f"{max(known) - min(known):.1f}" if len(known) == len(means) else NOTHING
+        rows.append([family, shown, spread, _points(difference(lines, sizes[max(sizes)], sizes[min(sizes)], TASKS), 1)])
+    head = ["method", f"mean of {len(TASKS)} tasks in %, by r", "best less worst", "largest less smallest r [95 %]"]
+    return table(head, rows)
+
+
+def _mean(lines: Sequence[Line], method: str) -> float | None:
+    """Return the mean over tasks of the means over the seeds that all methods have; None if one is missing."""
+    own = [line for line in lines if (line["phase"], line["method"]) == (TEST, method) and line["seed"] in SEEDS]
+    if any(line["accuracy"] is None for line in own) or len(own) < len(TASKS) * len(SEEDS):
+        return None
+    return 100 * mean(mean(line["accuracy"] for line in own if line["task"] == task) for task in TASKS)
+
+
+def that_matter(lines: Sequence[Line], ablations: Iterable[str], always: Sequence[str]) -> list[str]:
+    """Return the ablations to test: those that differ most from the default on validation images, and some always.
+
+    Raises:
+        ValueError: If the search of one is not finished.
+    """
+    searches = {one.method: one for one in read_searches(lines)}
+    unfinished = [n for n in (DEFAULT, *ablations) if n not in searches or set(searches[n].tried) != set(ABLATED_ON)]
+    if unfinished:
+        raise ValueError(f"The screening is not finished, of {', '.join(unfinished)}.")
+    changes = {name: abs(change) for name, change in _changes(searches.values()).items() if change is not None}
     largest = sorted((name for name in changes if changes[name] >= MATTERS), key=lambda name: -changes[name])
-    return list(dict.fromkeys([*[name for name in largest if name not in always][:MOST], *always]))
+    return [*[name for name in largest if name not in always][:MOST_TESTED], *always]
 
 
-def _changes(searches: Sequence[Searched]) -> dict[str, float | None]:
-    default = next(searched for searched in searches if searched.method == DEFAULT)
-    tasks, changes = tuple(default.best), {}
-    for searched in searches:
-        own, other = searched.accuracy(tasks), default.accuracy(tasks)
-        if searched is not default:
-            changes[searched.method] = None if own is None or other is None else own - other
-    return changes
+def _changes(searches: Iterable[Searched]) -> dict[str, float | None]:
+    """Return by method how much better than the default it is on validation images, without the default."""
+    by_name = {searched.method: searched.accuracy(ABLATED_ON) for searched in searches}
+    default = by_name.pop(DEFAULT)
+    return {name: None if None in (own, default) else own - default for name, own in by_name.items()}  # type: ignore
 
 
-def write_tables(document: Path, lines: Mapping[str, Sequence[Line]]) -> None:
-    """Write the tables that a document has places for."""
-    text = document.read_text()
-    for name, part in parts(lines, document).items():
-        start, end = marks(name)
-        if start in text:
-            replace_between(document, start, end, part)
+def table_of_ablations(lines: Sequence[Line]) -> str:
+    """Return every ablation: on validation images (one seed), and on test images where it was tested.
+
+    A star marks a difference without 0 at the level at which all that were tested together have 95 % (Bonferroni).
+    """
+    searches = read_searches(lines)
+    changes = _changes(searches)
+    tested = {line["method"] for line in lines if line["phase"] == TEST} - {DEFAULT}
+    strict = 1 - (1 - LEVEL) / max(len(tested), 1)
+    rows = []
+    for searched in sorted(searches, key=lambda one: -(changes.get(one.method) or 0.0)):
+        own, change = searched.accuracy(ABLATED_ON), changes.get(searched.method)
+        cells = [_in_words(searched.method), f"{searched.parameters or 0:,}", NOTHING if own is None else f"{own:.1f}"]
+        cells.append("" if searched.method == DEFAULT else NOTHING if change is None else f"{change:+.1f}")
+        rows.append([*cells, _tested(lines, searched.method, strict) if searched.method in tested else ""])
+    head = ["GIFT paca r=16 M=96, with", "trained without head", f"validation, mean of {len(ABLATED_ON)} tasks"]
+    return table([*head, "less default", "test, less default [95 %]"], rows)
+
+
+def _tested(lines: Sequence[Line], method: str, strict: float) -> str:
+    strictly = difference(lines, method, DEFAULT, ABLATED_ON, strict)
+    is_other = strictly is not None and strictly.low is not None and strictly.high is not None
+    is_other = is_other and not strictly.low <= 0 <= strictly.high  # type: ignore[union-attr,operator]
+    return _points(difference(lines, method, DEFAULT, ABLATED_ON)) + (" *" if is_other else "")
+
+
+def _in_words(method: str) -> str:
+    if method == DEFAULT:
+        return "nothing changed"
+    return method.removeprefix(f"{DEFAULT}:").replace("gift-linear", "generator=linear").removeprefix("gift:")
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+def read_results(results: Path) -> dict[str, list[Line]]:
+    """Return the lines that lie in the repository, by the name of their file."""
+    names = ("comparison", "ablations")
+    return {name: [*read_lines(path)] for name in names if (path := results / f"{name}.jsonl").exists()}
 
 
 def marks(name: str) -> tuple[str, str]:
-    """Return the lines between which a part stands."""
+    """Return the lines between which a part of a document stands."""
     return f"<!-- {name}: benchmarks/comparison.py write -->", f"<!-- end of {name} -->"
 
 
-def parts(lines: Mapping[str, Sequence[Line]], document: Path) -> dict[str, str]:
-    """Return the text of every part by its name, and draw the plot beside the document that shows it."""
+def texts(lines: Mapping[str, Sequence[Line]]) -> dict[str, str]:
+    """Return what documents show, by the name of the part."""
     found: dict[str, str] = {}
     if "comparison" in lines:
         summary = summary_of(lines["comparison"])
-        picture = document.with_name("benchmarks-comparison.png")
-        if marks("comparison")[0] in document.read_text():
-            draw_pareto(summary, picture)
-        found |= {"answer": answer_text(lines["comparison"]), "comparison": suite.document(summary, picture.name)}
-        found |= {"ranks": table_of_ranks(summary), "means": suite.readme_table(summary)}
+        found = {"answer": answer_text(lines["comparison"]), "ranks": table_of_ranks(lines["comparison"])}
+        found |= {"table": suite.document(summary, PICTURE), "means": suite.readme_table(summary)}
     if "ablations" in lines:
         found["ablations"] = table_of_ablations(lines["ablations"])
     return found
 
 
-def answer_text(lines: Sequence[Line]) -> str:
-    """Return the primary question's answer in words, and what was said beforehand to be said with it."""
-    main = answer(lines)
-    sizes = f"{main.chosen.parameters:,} parameters against {main.reference.parameters:,}"
-    better = main.difference.low is not None and main.difference.low > 0
-    said = {"yes": "Yes", "no": "No", "open": "Open: five seeds do not tell"}[main.verdict]
-    text = [f"**{said}{', and better' if better else ''}.** {main.chosen.title} ({sizes}): {_points(main.difference)}."]
-    accuracies = [
-        100 * line["accuracy"]
-        for line in lines
-        if line["phase"] == TEST and line["method"] == LORA and line["task"] in SPRITES
-    ]
-    if accuracies and sum(accuracies) / len(accuracies) < LEARNED:
-        rest = answer(lines, without=SPRITES)
-        text.append(f"Without dSprites, which LoRA barely learns: {rest.verdict}, {_points(rest.difference)}.")
-    return " ".join(text)
+PICTURE = "benchmarks-comparison.png"  # beside the document that has the table
 
 
-def _points(estimate: Estimate) -> str:
-    if estimate.low is None:
-        return f"{estimate.mean:+.2f} points"
-    return f"{estimate.mean:+.2f} points [{estimate.low:+.2f}, {estimate.high:+.2f}]"
+def write_tables(document: Path, lines: Mapping[str, Sequence[Line]]) -> None:
+    """Write the parts that a document has places for, and the plot beside the one that has the table.
 
-
-def table_of_ranks(summary: Summary) -> str:
-    """Return how the mean depends on the rank, by family."""
-    by_name = {row.method: row for row in summary.rows}
-    rows = []
-    for family, names in FAMILIES.items():
-        found = [by_name[name] for name in names if name in by_name]
-        means = [(row, row.scores[summary.mean].accuracy) for row in found]
-        known = [(row, mean.mean) for row, mean in means if mean is not None]
-        if len(known) > 1:
-            values = [value for _, value in known]
-            shown = ", ".join(f"{_rank_of(row)}: {value:.1f}" for row, value in known)
-            rows.append([family, shown, f"{max(values) - min(values):.1f}"])
-    return table(["method", f"{summary.mean.title} in %, by r", "best less worst"], rows)
-
-
-def _rank_of(row: Row) -> str:
-    return next(word for word in row.title.split() if word.startswith("r=")).removeprefix("r=")
-
-
-def table_of_ablations(lines: Sequence[Line]) -> str:
-    """Return every ablation: on validation images (one seed), and on test images where it had five."""
-    searches = read_searches(lines)
-    changes, tested = _changes(searches), [line for line in lines if line["phase"] == TEST]
-    default = next(searched for searched in searches if searched.method == DEFAULT)
-    tasks = tuple(default.best)
-    summary = summarise(lines, DEFAULT) if tested else None
-    differences = {row.method: row.scores[summary.mean].difference for row in summary.rows} if summary else {}
-    rows = []
-    for searched in sorted(searches, key=lambda one: -(changes.get(one.method) or 0.0)):
-        mean, change = searched.accuracy(tasks), changes.get(searched.method)
-        difference = differences.get(searched.method)
-        cells = ["default" if searched is default else _change_in_words(searched), f"{searched.parameters or 0:,}"]
-        cells += [NOTHING if mean is None else f"{mean:.1f}", "" if change is None else f"{change:+.1f}"]
-        rows.append([*cells, "" if difference is None else _points(difference).replace(" points", "")])
-    head = ["GIFT paca r=16 M=96 with", "trained without head", f"validation, mean of {len(tasks)} tasks"]
-    return table([*head, "less default", "test, less default [95 %]"], rows)
-
-
-def _change_in_words(searched: Searched) -> str:
-    return searched.method.removeprefix(f"{DEFAULT}:").replace("gift-linear", "generator=linear").removeprefix("gift:")
+    Raises:
+        ValueError: If it has a place for none.
+    """
+    found = {name: text for name, text in texts(lines).items() if marks(name)[0] in document.read_text()}
+    if not found:
+        raise ValueError(f"{document} has no place for a table: a line {marks('table')[0]!r}, say.")
+    for name, text in found.items():
+        replace_between(document, *marks(name), text)
+    if "table" in found:
+        draw_pareto(summary_of(lines["comparison"]), document.with_name(PICTURE))

@@ -101,6 +101,9 @@ class Pretraining:
             raise ValueError(f"constant_until must be from 0 to less than 1, got {self.constant_until}.")
         if self.shares is not None and (len(self.shares) != len(self.data) or min(self.shares, default=1) <= 0):
             raise ValueError(f"shares must be positive, one for each of {len(self.data)} data sets; got {self.shares}.")
+        for name in ("patch_drop_rate", "whole_from", "mixed"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")
         if self.mixed and self.batch_size % 2:
             raise ValueError(f"Images are mixed in pairs: batch_size must be even, got {self.batch_size}.")
         if self.data and min(self.counts) < 1:
@@ -125,7 +128,7 @@ class Pretraining:
     def counts(self) -> list[int]:
         """Number of images of each data set in a batch; all but the first are even, for mixing."""
         shares = self.shares or [1.0] * len(self.data)
-        rest = [round(self.batch_size * share / sum(shares) / 2) * 2 for share in shares[1:]]
+        rest = [max(2, round(self.batch_size * share / sum(shares) / 2) * 2) for share in shares[1:]]
         return [self.batch_size - sum(rest), *rest]
 
     @property
@@ -284,7 +287,9 @@ class Run:
         """Go on from a state, or raise ValueError if it is of another run."""
         state = torch.load(path, map_location=next(self.model.parameters()).device, weights_only=True)
         before = state["description"]
-        changed = [f"{name} was {before[name]}, now {now}" for name, now in description.items() if before[name] != now]
+        changed = [
+            f"{name} was {before.get(name)}, now {now}" for name, now in description.items() if before.get(name) != now
+        ]
         if changed:
             raise ValueError(f"{path} is of a run of other options: {'; '.join(changed)}. Choose another folder.")
         for name in ("step", "seconds", "history", "losses"):

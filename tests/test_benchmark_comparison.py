@@ -1,58 +1,106 @@
 """The comparison: what is run, how the primary question is answered, and what documents show of it."""
 
+import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import comparison
 from benchmarks import comparison_tables as tables
 from benchmarks.documents import between
-from gift.benchmark.intervals import Estimate
-from gift.benchmark.methods import check_methods, read_methods
-from gift.benchmark.record import read_lines
-from gift.benchmark.suites import SUITES
-from gift.benchmark.validation import read_searches
-from gift.pretrained import SMALL
-from tests.benchmark import result, results
+from gift.baselines.methods import method_config
+from gift.benchmark.intervals import Estimate, mean_interval
+from gift.benchmark.methods import read_methods, resolve_methods
+from gift.benchmark.suites import SUITES, tries
+from gift.pretrained import SMALL, load_backbone
+from gift.training.finetune import make_model, with_head
+from gift.training.options import TrainOptions
+from gift.training.train import finetune_options
+from tests.benchmark import result
 
 ROOT = Path(__file__).parents[1]
-TASKS = ("digits", "dsprites_loc", "flowers17")
+PLAN = " ".join((ROOT / "docs" / "plan-of-comparison.md").read_text().split())
 SIZES = {"lora": 24_576, "gift-paca": 7_889, "gift-paca:r=8": 3_481, "gift-paca:r=4": 1_661}
+LORA, CHOSEN = "lora", "gift-paca:r=8"
 
 
-def searched(method, accuracies):
+def searched(method, accuracies, tasks=tables.TASKS, parameters=None):
+    """Return four tries of every task, of which the second is best."""
     return [
         result(
-            *(task, method, 100, accuracy),
-            phase="search",
-            trained_parameters_without_head=SIZES.get(method, 5000),
+            *(task, method, 100, None if accuracy is None else accuracy - (0 if index == 1 else 0.01)),
+            **{"phase": "search", "tries": 4, "learning_rate": (index + 1) / 1000},
+            trained_parameters_without_head=parameters or SIZES.get(method, 5000),
         )
-        for task, accuracy in zip(TASKS, accuracies, strict=True)
+        for task, accuracy in zip(tasks, accuracies, strict=True)
+        for index in range(4)
     ]
 
 
-def finals(method, means):
-    """Return five tests of every task, around a mean."""
-    around = {
-        task: [mean + shift / 1000 for shift in (-2, -1, 0, 1, 2)] for task, mean in zip(TASKS, means, strict=True)
-    }
-    return results(method, around, trained_parameters_without_head=SIZES.get(method, 5000), title=f"{method} r=1")
+def finals(method, means, seeds=tables.PRIMARY_SEEDS, tasks=tables.TASKS):
+    """Return tests around a mean in % for every task, spread by noise of each method's own."""
+    noise = np.random.default_rng(sum(map(ord, method))).normal(0, 0.4, (len(tasks), len(seeds)))
+    noise -= noise.mean(axis=1, keepdims=True)
+    return [
+        result(
+            *(task, method, seed, float(mean + noise[row, column]) / 100),
+            title=method,
+            trained_parameters_without_head=SIZES.get(method, 5000),
+        )
+        for row, (task, mean) in enumerate(zip(tasks, means, strict=True))
+        for column, seed in enumerate(seeds)
+    ]
 
 
-def compared(gift=(0.9, 0.5, 0.8), lora=(0.9, 0.5, 0.8)):
-    lines = searched("lora", (0.9, 0.5, 0.8)) + searched("gift-paca", (0.8, 0.5, 0.8))
-    lines += searched("gift-paca:r=4", (0.7, 0.5, 0.9)) + searched("gift-paca:r=8", (0.9, 0.5, 0.9))
-    return lines + finals("lora", lora) + finals("gift-paca:r=8", gift) + finals("gift-paca", (1.0, 1.0, 1.0))
+def primary(gift=(90, 50, 50, 80, 80, 40), lora=(90, 50, 50, 80, 80, 40)):
+    lines = searched("lora", [0.5] * 6) + searched("gift-paca", [0.5] * 6)
+    lines += searched("gift-paca:r=4", [0.6] + [0.4] * 5) + searched(CHOSEN, [0.8] + [0.5] * 5)
+    return lines + finals(LORA, lora) + finals(CHOSEN, gift) + finals("gift-paca", (99,) * 6)
 
 
 def test_the_size_is_chosen_on_validation_images_among_those_with_a_third_of_the_parameters():
-    lines = compared()
-    assert tables.choose(read_searches(lines)) == "gift-paca:r=8"
-    assert tables.answer(lines).chosen.method == "gift-paca:r=8"  # though another does better on test images
-    larger = [line | {"trained_parameters_without_head": 8_193} if ":r=8" in line["method"] else line for line in lines]
-    assert tables.choose(read_searches(larger)) == "gift-paca:r=4"  # more than a third
-    with pytest.raises(ValueError, match=r"at most 8,192 parameters"):
-        tables.choose(read_searches(searched("lora", (0.9, 0.5, 0.8)) + searched("gift-linear", (0.9, 0.5, 0.8))))
+    lines = primary()
+    assert tables.choose(lines) == CHOSEN  # though another does better on test images
+    large = [line for line in lines if line["method"] != CHOSEN] + searched(CHOSEN, [0.8] * 6, parameters=8_193)
+    assert tables.choose(large) == "gift-paca"
+    tied = searched("gift-paca:r=4", [0.5] * 6) + [line for line in large if line["method"] != "gift-paca:r=4"]
+    assert tables.choose(tied) == "gift-paca:r=4"  # of equals the smaller
+    diverged = searched("gift-paca", [None] * 6) + [line for line in tied if line["method"] != "gift-paca"]
+    assert tables.choose(diverged) == "gift-paca:r=4"
+
+
+def test_nothing_is_chosen_or_answered_before_all_is_there():
+    lines = primary()
+    with pytest.raises(ValueError, match=r"search is not finished, of gift-paca:r=4"):
+        tables.choose([line for line in lines if line["method"] != "gift-paca:r=4"])
+    a_try = next(line for line in lines if line["method"] == LORA and line["task"] == "flowers17")
+    with pytest.raises(ValueError, match="search is not finished, of lora"):
+        tables.choose([line for line in lines if line is not a_try])
+    assert tables.answer(lines) is not None
+    for name in (LORA, CHOSEN):
+        last = next(line for line in reversed(lines) if line["method"] == name)
+        rest = [line for line in lines if line is not last]
+        assert tables.answer(rest) is None
+        assert tables.answer_text(rest).startswith("Not finished")
+
+
+def test_the_difference_is_that_of_welch_and_satterthwaite_over_tasks_and_seeds():
+    lines = primary((91, 50, 50, 80, 80, 40))
+    found = tables.answer(lines)
+    assert found is not None
+    by_run = {(line["method"], line["task"], line["seed"]): line["accuracy"] for line in lines if line["seed"] != 100}
+    expected = mean_interval(
+        [
+            np.array([100 * (by_run[CHOSEN, task, seed] - by_run[LORA, task, seed]) for seed in range(10)])
+            for task in tables.TASKS
+        ]
+    )
+    assert found.difference.mean == pytest.approx(1 / 6)
+    assert (found.difference.low, found.difference.high) == pytest.approx((expected.low, expected.high))
+    assert found.difference.low is not None
+    assert -0.5 < found.difference.low < 1 / 6 - 0.1
 
 
 @pytest.mark.parametrize(
@@ -64,58 +112,161 @@ def test_the_verdict_is_that_of_the_interval_and_the_margin(low, high, expected)
     assert tables.verdict(Estimate(0.0, None, None)) == "open"
 
 
-def test_the_answer_is_said_with_the_tasks_that_lora_learned():
-    assert tables.answer_text(compared((0.91, 0.5, 0.8))) == (
-        "**Yes, and better.** gift-paca:r=8 r=1 (3,481 parameters against 24,576): +0.33 points [+0.33, +0.33]."
-    )
-    assert tables.answer_text(compared((0.87, 0.5, 0.8))).startswith("**No.**")
-    text = tables.answer_text(compared((0.87, 0.18, 0.8), (0.9, 0.1, 0.8)))
-    assert text.startswith("**Yes, and better.**")
-    assert text.endswith("Without dSprites, which LoRA barely learns: no, -1.50 points [-1.50, -1.50].")
+@pytest.mark.parametrize(
+    ("gift", "lora", "verdict", "has_two"),
+    [
+        ((90, 50, 50, 80, 80, 40), (90, 50, 50, 80, 80, 40), "yes", False),
+        ((80, 50, 50, 80, 80, 40), (90, 50, 50, 80, 80, 40), "no", False),
+        ((87, 50, 50, 80, 80, 40), (90, 50, 50, 80, 80, 40), "open", False),
+        ((90, 13, 12, 80, 80, 40), (90, 13, 12, 80, 80, 40), "yes", True),
+        ((87.6, 13, 12, 80, 80, 40), (90, 13, 12, 80, 80, 40), "open", True),  # diluted: yes and open
+        ((86, 25, 12, 80, 80, 40), (90, 13, 12, 80, 80, 40), "no", True),  # yes and no
+    ],
+)
+def test_tasks_that_nobody_learns_do_not_make_a_yes(gift, lora, verdict, has_two):
+    found = tables.answer(primary(gift, lora))
+    assert found is not None
+    assert (found.verdict, found.without_sprites is not None) == (verdict, has_two)
+    text = tables.answer_text(primary(gift, lora))
+    assert text.startswith({"yes": "**Yes.**", "no": "**No.**", "open": "**Open: 10 seeds"}[verdict])
+    assert "3,481 parameters against 24,576" in text
+    assert ("without dSprites" in text) == has_two
 
 
-def test_the_spread_over_ranks_is_that_of_the_means():
-    lines = finals("lora", (0.9, 0.5, 0.8)) + finals("lora:r=1,lora_alpha=1", (0.9, 0.5, 0.5))
-    text = tables.table_of_ranks(tables.summarise(lines, "lora"))
-    assert text.splitlines()[2:] == ["| LoRA | 1: 63.3, 1: 73.3 | 10.0 |"]
+def test_a_run_that_diverged_leaves_the_question_open():
+    lines = primary()
+    lines[-1 - 60]["accuracy"] = None
+    assert lines[-1 - 60]["method"] == CHOSEN
+    found = tables.answer(lines)
+    assert found is not None
+    assert found.verdict == "open"
+    assert "**Open" in tables.answer_text(lines)
 
 
-def ablated():
-    lines = searched("gift-paca", (0.9, 0.5, 0.8)) + searched("gift-paca:norm=none", (0.9, 0.5, 0.7))
-    lines += searched("gift-paca:num_heads=2", (0.9, 0.5, 0.81)) + searched("gift-linear", (0.99, 0.5, 0.8))
-    return lines + searched(comparison.PLACES[0], (0.9, 0.5, 0.8))
+def test_ranks_are_compared_over_a_factor_of_four_and_the_seeds_that_all_have():
+    assert all(max(sizes) == 4 * min(sizes) for sizes in tables.FAMILIES.values())
+    lines = finals(LORA, (70,) * 6) + finals("lora:r=4,lora_alpha=4", (71,) * 6, tables.SEEDS)
+    lines += finals("lora:r=2,lora_alpha=2", (68,) * 6, tables.SEEDS)
+    lora, paca, _ = tables.table_of_ranks(lines).splitlines()[2:]
+    assert lora.startswith("| LoRA | 2: 68.0, 4: 71.0, 8: ")
+    assert "| +2.0 [" in lora or "| +1.9 [" in lora
+    assert paca == "| GIFT paca | 4: –, 8: –, 16: – | – | – |"
 
 
-def test_ablations_that_change_much_get_five_seeds_and_places_always():
-    assert tables.that_matter(ablated(), comparison.PLACES[:1]) == [
-        "gift-paca:norm=none",
-        "gift-linear",
-        comparison.PLACES[0],
-    ]
+def ablated(**accuracies):
+    given = dict.fromkeys((tables.DEFAULT, *comparison.ABLATIONS), (0.9, 0.5, 0.8)) | accuracies
+    return [line for name, own in given.items() for line in searched(name, own, tables.ABLATED_ON)]
 
 
-def test_the_table_of_ablations_has_both_differences_where_both_are():
-    lines = ablated() + finals("gift-paca", (0.9, 0.5, 0.8)) + finals("gift-linear", (0.93, 0.5, 0.8))
+def test_ablations_that_change_much_are_tested_the_largest_first_and_places_always():
+    better, worse = "gift-linear", "gift-paca:norm=none"
+    lines = ablated(**{worse: (0.9, 0.5, 0.7), better: (0.9, 0.5, 0.86), "gift-paca:num_heads=4": (0.9, 0.5, 0.84)})
+    assert tables.that_matter(lines, comparison.ABLATIONS, comparison.ALWAYS) == [worse, better, *comparison.ALWAYS]
+    many = ablated(**dict.fromkeys(comparison.ABLATIONS, (0.5, 0.5, 0.5)))
+    assert len(tables.that_matter(many, comparison.ABLATIONS, comparison.ALWAYS)) == 8 + len(comparison.ALWAYS)
+    lines.remove(next(line for line in lines if line["method"] == comparison.ABLATIONS[3]))
+    with pytest.raises(ValueError, match=f"not finished, of {comparison.ABLATIONS[3]}"):
+        tables.that_matter(lines, comparison.ABLATIONS, comparison.ALWAYS)
+
+
+def test_the_table_of_ablations_has_both_differences_and_stars_what_holds_for_all_together():
+    lines = ablated(**{"gift-linear": (0.99, 0.5, 0.8), "gift-paca:norm=none": (0.9, 0.5, 0.7)})
+    for name, means in {"gift-paca": 70, "gift-linear": 72, "gift-paca:norm=none": 70}.items():
+        lines += finals(name, (means,) * 3, tables.SEEDS, tables.ABLATED_ON)
     rows = tables.table_of_ablations(lines).splitlines()[2:]
-    assert rows[0] == "| generator=linear | 5,000 | 76.3 | +3.0 | +1.00 [+1.00, +1.00] |"
-    assert "| default | 7,889 | 73.3 |  |  |" in rows
-    assert rows[-1] == "| norm=none | 5,000 | 70.0 | -3.3 |  |"
+    assert rows[0].startswith("| generator=linear | 5,000 | 76.3 | +3.0 | +2.00 [+")
+    assert rows[0].endswith("] * |")
+    assert "| nothing changed | 7,889 | 73.3 |  |  |" in rows
+    assert re.match(r"\| norm=none \| 5,000 \| 70.0 \| -3.3 \| [+-]0.00 \[-", rows[-1])
+    assert "*" not in rows[-1]
 
 
-@pytest.mark.parametrize("part", comparison.PARTS.values(), ids=list(comparison.PARTS))
-def test_every_method_that_is_planned_can_be_trained(part):
-    names = [name for group in part.groups for name in group if "feedback" not in name]
-    assert len(set(names)) == len(names)
-    check_methods(read_methods(names, SUITES["offline"].protocol), SMALL)
-    assert part.options(names, Path("data"), Path("photos"), Path("runs")).final_seeds == (
-        () if part.search_only else comparison.SEEDS
-    )
+def place():
+    return comparison.Place(Path("data"), Path("photos"), Path("runs"))
+
+
+def planned(monkeypatch, step):
+    monkeypatch.setattr(comparison, "_lines", lambda place, folder: primary() if folder == "comparison" else ablated())
+    return comparison.benchmarks_of(step, place())
+
+
+@pytest.mark.parametrize("step", comparison.STEPS)
+def test_every_step_is_of_the_protocol_that_the_plan_names(monkeypatch, step):
+    options = planned(monkeypatch, step)
+    assert {one.epochs for one in options} == {5}
+    assert {one.tries for one in options} == {4}
+    assert "**5 epochs**" in PLAN
+    assert "(0.001, 0.005, 0.01, 0.05 for adapters;" in PLAN
+    assert [rate for rate, _ in tries(SUITES["offline"].protocol.rates[""], 4)] == [0.001, 0.005, 0.01, 0.05]
+    assert {one.search_only for one in options} == {step in ("search", "screening")}
+    folders = {"flowers17", "caltech97"} if step in comparison.FOLDERS["comparison"] else {"flowers17"}
+    assert {folder.name for one in options for folder in one.folders} == folders
+
+
+def test_the_primary_question_has_ten_seeds_and_all_else_five(monkeypatch):
+    five, ten = planned(monkeypatch, "primary")
+    assert (five.final_seeds, ten.final_seeds) == (tuple(range(5)), tuple(range(10)))
+    assert ten.methods == (LORA, CHOSEN)
+    assert all(one.final_seeds == tuple(range(5)) for one in planned(monkeypatch, "others"))
+    assert planned(monkeypatch, "ablations")[0].final_seeds == tuple(range(5))
+
+
+def test_every_method_that_is_planned_can_be_trained():
+    names = [*comparison.PRIMARY, *comparison.OTHERS[:-1], *(set(comparison.ABLATIONS) - set(comparison.OTHERS))]
+    methods = resolve_methods(read_methods(names, SUITES["offline"].protocol), SMALL)
+    for method in methods:
+        backbone = load_backbone(SMALL, ("a", "b"))
+        config = method_config(method.options["method"], backbone, method.options["method_options"])
+        options = finetune_options(TrainOptions(**method.options, data="", output_dir="x"))
+        model = make_model(backbone, with_head(backbone, config), options)
+        assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_benchmark_that_fails_keeps_no_other_from_being_run(monkeypatch):
+    seen = []
+
+    def fail_first(options, report):
+        seen.append(options.methods)
+        if len(seen) == 1:
+            raise ValueError("no such folder")
+
+    monkeypatch.setattr(comparison, "run_benchmark", fail_first)
+    with pytest.raises(SystemExit, match="linear-probe: no such folder"):
+        comparison.run("others", Path("data"), Path("photos"))
+    assert len(seen) == len(comparison.OTHERS)
+    with pytest.raises(ValueError, match="no step 'main': choose search, primary"):
+        comparison.run("main", Path("data"), Path("photos"))
+
+
+def test_lines_are_taken_over_and_none_is_ever_lost(tmp_path):
+    runs, results, lines = tmp_path / "runs", tmp_path / "results", primary()
+    (runs / "comparison").mkdir(parents=True)
+    results.mkdir()
+    text = "".join(f"{json.dumps(line | {'id': str(number)})}\n" for number, line in enumerate(lines))
+    (runs / "comparison" / "runs.jsonl").write_text(text)
+    document = tmp_path / "document.md"
+    start, end = tables.marks("answer")
+    document.write_text(f"before\n{start}\nold\n{end}\nafter\n")
+    comparison.write([document], results, runs, take_over=True)
+    assert (results / "comparison.jsonl").read_text() == text
+    assert between(document, start, end) == tables.answer_text(lines)
+    assert not list(tmp_path.glob("*.png"))
+    (runs / "comparison" / "runs.jsonl").write_text(text.partition("\n")[2])
+    with pytest.raises(ValueError, match=r"lacks 1 runs of .*comparison.jsonl, such as 0, which would be lost: copy"):
+        comparison.write([document], results, runs, take_over=True)
+    assert (results / "comparison.jsonl").read_text() == text
+    document.write_text("nothing")
+    with pytest.raises(ValueError, match="has no place for a table"):
+        comparison.write([document], results)
 
 
 def test_documents_show_what_was_measured():
-    files = {name: ROOT / "results" / f"{name}.jsonl" for name in tables.FILES}
-    lines = {name: read_lines(path) for name, path in files.items() if path.exists()}
-    for document in (ROOT / "docs" / "benchmarks.md", ROOT / "README.md"):
-        for name, text in tables.parts(lines, document).items():
-            if tables.marks(name)[0] in document.read_text():
-                assert between(document, *tables.marks(name)) == text.strip(), (document.name, name)
+    lines = tables.read_results(ROOT / "results")
+    documents = [ROOT / "docs" / "benchmarks.md", ROOT / "README.md"]
+    for name, text in tables.texts(lines).items():
+        shown = [
+            between(document, *tables.marks(name))
+            for document in documents
+            if tables.marks(name)[0] in document.read_text()
+        ]
+        assert shown == [text.strip()], name

@@ -1,6 +1,6 @@
 import pytest
 
-from gift.benchmark.methods import DEFAULT_METHODS, check_methods, read_methods
+from gift.benchmark.methods import DEFAULT_METHODS, read_methods, resolve_methods
 from gift.benchmark.suites import SUITES
 from gift.pretrained import SMALL
 
@@ -55,7 +55,7 @@ def test_options_are_read_as_yaml_and_reach_the_method_or_the_training():
 def test_targets_may_be_parts_of_fused_layers(text, targets):
     method = read(f"gift-paca:target_modules={text}")
     assert method.options["method_options"] == {"generator": "paca", "target_modules": targets, "r": 8}
-    check_methods([method], SMALL)
+    resolve_methods([method], SMALL)
 
 
 def test_numbers_may_have_an_exponent():
@@ -83,7 +83,7 @@ def test_an_option_that_is_named_wins_over_that_of_the_suite():
 )
 def test_what_cannot_be_read_is_refused(name, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        check_methods([read(name)], SMALL)
+        resolve_methods([read(name)], SMALL)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_cannot_be_read_is_refused(name, message):
 )
 def test_a_method_that_cannot_train_is_refused_before_anything_is_trained(name, message):
     with pytest.raises(ValueError, match=message):
-        check_methods([read(name)], SMALL)
+        resolve_methods([read(name)], SMALL)
 
 
 @pytest.mark.parametrize("names", [(), ("lora", "lora")])
@@ -102,4 +102,4 @@ def test_methods_are_named_once(names):
 
 
 def test_the_methods_that_are_compared_by_default_go_with_the_backbone_that_ships():
-    check_methods(read_methods(DEFAULT_METHODS, OFFLINE), SMALL)
+    resolve_methods(read_methods(DEFAULT_METHODS, OFFLINE), SMALL)

@@ -92,7 +92,10 @@ def test_the_state_of_other_options_or_data_is_not_gone_on_with(script, data, tm
         pretrain(script, data, tmp_path / "run")
 
 
-@pytest.mark.parametrize("option", ["--samples=0", "--warmup_steps=0", "--constant_until=1", "--batch_size=1"])
+@pytest.mark.parametrize(
+    "option",
+    ["--samples=0", "--warmup_steps=0", "--constant_until=1", "--batch_size=1", "--mixed=2", "--whole_from=-1"],
+)
 def test_what_cannot_be_trained_is_refused_before_anything_is_read(script, data, tmp_path, option):
     with pytest.raises(ValueError, match=r"must be|cannot hold"):
         pretrain(script, data, tmp_path / "run", option)

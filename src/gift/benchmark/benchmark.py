@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gift.benchmark.methods import BenchmarkMethod, check_methods, read_methods
+from gift.benchmark.methods import BenchmarkMethod, read_methods, resolve_methods
 from gift.benchmark.options import NO_RAY, BenchmarkOptions
 from gift.benchmark.outcome import write_outcome
 from gift.benchmark.perform import forget_weights, perform
@@ -62,7 +62,7 @@ def run_benchmark(options: BenchmarkOptions, report: Callable[[str], None] = log
     torch.set_num_threads(options.cpus_per_run)
     with locked(options.out):
         tasks = open_tasks(options.suite, names, folders, options.data, SEARCH_SEED)
-        check_methods(methods, options.changes.get("model", suite.protocol.options["model"]))
+        methods = resolve_methods(methods, options.changes.get("model", suite.protocol.options["model"]))
         record = Record(options.out)
         searches = planned_searches(options, tasks, methods)
         problems = _perform(options, record, searches, "search", report)

@@ -72,8 +72,10 @@ class Score:
     difference_seeds: int | None = None
 
 
-def mean_interval(values: Float[np.ndarray, "tasks seeds"] | Sequence[Float[np.ndarray, "_"]]) -> Estimate:
-    """Return the mean over tasks of the means over seeds, with its 95 % t interval over seeds.
+def mean_interval(
+    values: Float[np.ndarray, "tasks seeds"] | Sequence[Float[np.ndarray, "_"]], level: float = LEVEL
+) -> Estimate:
+    """Return the mean over tasks of the means over seeds, with its t interval over seeds, by default of 95 %.
 
     With T tasks, and S seeds and the sample variance s^2 of each, the variance of the mean is the sum of s^2 / (S T^2),
     and its degrees of freedom are those of Welch and Satterthwaite. For one task this is the usual t interval. The
@@ -86,6 +88,7 @@ def mean_interval(values: Float[np.ndarray, "tasks seeds"] | Sequence[Float[np.n
 
     Args:
         values: A row of values per task, one of each seed; rows may differ in length.
+        level: Share of such intervals that hold the true mean.
 
     Raises:
         ValueError: If there is no task, or a task without a value.
@@ -107,12 +110,14 @@ def mean_interval(values: Float[np.ndarray, "tasks seeds"] | Sequence[Float[np.n
     if variance == 0:
         return Estimate(mean, mean, mean)
     freedom = 1 / ((parts / variance) ** 2 / (seeds - 1)).sum()
-    half = float(stdtrit(freedom, (1 + LEVEL) / 2) * np.sqrt(variance))
+    half = float(stdtrit(freedom, (1 + level) / 2) * np.sqrt(variance))
     return Estimate(mean, mean - half, mean + half)
 
 
-def paired_interval(ours: Sequence[Mapping[int, float]], theirs: Sequence[Mapping[int, float]]) -> Estimate | None:
-    """Return the mean difference of two methods, ours minus theirs, with its 95 % interval.
+def paired_interval(
+    ours: Sequence[Mapping[int, float]], theirs: Sequence[Mapping[int, float]], level: float = LEVEL
+) -> Estimate | None:
+    """Return the mean difference of two methods, ours minus theirs, with its interval, by default of 95 %.
 
     Differences are taken on the same task and seed, of the seeds that both methods have, and then treated as in
     `mean_interval`: what two trainings of one seed share (the order of the images, the new head) drops out. The same is
@@ -122,6 +127,7 @@ def paired_interval(ours: Sequence[Mapping[int, float]], theirs: Sequence[Mappin
     Args:
         ours: By task, the values by seed.
         theirs: The same tasks in the same order.
+        level: Share of such intervals that hold the true difference.
 
     Returns:
         None if the two have no common seed on some task.
@@ -130,7 +136,7 @@ def paired_interval(ours: Sequence[Mapping[int, float]], theirs: Sequence[Mappin
     if not all(common):
         return None
     tasks = zip(ours, theirs, common, strict=True)
-    return mean_interval([np.array([one[seed] - other[seed] for seed in seeds]) for one, other, seeds in tasks])
+    return mean_interval([np.array([one[seed] - other[seed] for seed in seeds]) for one, other, seeds in tasks], level)
 
 
 def pareto_front(points: Mapping[str, tuple[float | int, float | int]]) -> list[str]:

@@ -1,13 +1,18 @@
 """What `--methods` names: a way to fine-tune, its options, its title in tables, the learning rates to search."""
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import PeftConfig
 from transformers import PreTrainedModel
 
+from gift.backbones import classification_heads
 from gift.baselines.methods import LORA_DEFAULTS, method_config
 from gift.baselines.toast import ToastConfig
 from gift.baselines.vpt import VptConfig
@@ -37,12 +42,15 @@ class BenchmarkMethod:
         title: For tables.
         options: Of `gift train`: the method, its options and how it is trained.
         rates: Learning rates to search, ascending.
+        made_of: What decides its results beside these, for its lines: every option of its configuration, digests of the
+            backbone and of what else it starts from.
     """
 
     name: str
     title: str
     options: dict[str, Any]
     rates: tuple[float, ...]
+    made_of: dict[str, Any] = field(default_factory=dict)
 
 
 def read_methods(names: Sequence[str], protocol: Protocol) -> list[BenchmarkMethod]:
@@ -84,9 +92,11 @@ def _read_method(name: str, protocol: Protocol) -> BenchmarkMethod:
 def _split(text: str) -> list[str]:
     """Return what stands between the commas that are in no brackets: a list, of parts of layers perhaps, is one."""
     parts, depth = [""] if text else [], 0
+    if text.count("[") != text.count("]"):
+        raise ValueError(f"The brackets in {text!r} do not match.")
     for letter in text:
         depth += {"[": 1, "]": -1}.get(letter, 0)
-        if letter == "," and not depth:
+        if letter == "," and depth == 0:
             parts.append("")
         else:
             parts[-1] += letter
@@ -130,11 +140,48 @@ def _title(method: str, options: dict[str, Any], named: dict[str, Any]) -> str:
     return " ".join([title, *shown, *(f"{key}={value}" for key, value in named.items() if key not in said)])
 
 
-def check_methods(methods: Sequence[BenchmarkMethod], model: str) -> None:
-    """Raise ValueError, before anything is trained, if a method or one of its options does not go with the backbone."""
+def resolve_methods(methods: Sequence[BenchmarkMethod], model: str) -> list[BenchmarkMethod]:
+    """Return the methods with what they are made of on this backbone, before anything is trained.
+
+    Raises:
+        ValueError: If the backbone is no classifier of images, or a method or an option of it is unknown. Layers that
+            are not there are found out when a run starts.
+    """
     backbones: dict[float, PreTrainedModel] = {}
+    resolved = []
     for method in methods:
         drop_path = method.options.get("drop_path", 0)
-        backbone = backbones.get(drop_path) or load_backbone(model, ("a", "b"), drop_path)
-        backbones[drop_path] = backbone
-        method_config(method.options["method"], backbone, method.options["method_options"])
+        if drop_path not in backbones:
+            backbones[drop_path] = load_backbone(model, ("a", "b"), drop_path)
+        config = method_config(method.options["method"], backbones[drop_path], method.options["method_options"])
+        made_of = {"backbone_digest": _digest_of_backbone(backbones[drop_path]), "adapter": _as_json(config)}
+        feedback = method.options["method_options"].get("feedback")
+        if feedback and Path(feedback).is_dir():
+            made_of["feedback_digest"] = _digest(
+                path.read_bytes() for path in sorted(Path(feedback).glob("*.safetensors"))
+            )
+        resolved.append(replace(method, made_of=made_of))
+    return resolved
+
+
+def _digest_of_backbone(backbone: PreTrainedModel) -> str:
+    heads = tuple(f"{head}." for head in classification_heads(backbone))
+    weights = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(heads)}
+    return _digest(part for name in sorted(weights) for part in (name.encode(), weights[name].cpu().numpy().tobytes()))
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
+
+
+def _as_json(config: PeftConfig | str | None) -> dict[str, Any]:
+    """Return every option of a configuration that is set, defaults of today too, as JSON holds them."""
+    if not isinstance(config, PeftConfig):
+        return {}
+    options = json.loads(
+        json.dumps(config.to_dict(), default=lambda it: sorted(it) if isinstance(it, set) else str(it))
+    )
+    return {name: value for name, value in options.items() if value is not None}

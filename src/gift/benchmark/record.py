@@ -66,8 +66,9 @@ class Record:
         """
         for run in runs:
             _check_same(self.path, run, self.lines.get(run.id))
+        methods = {run.method.name: run.described() for run in runs}
         for line in self.lines.values() if runs else ():
-            self._check_protocol(line, runs[0].described())
+            self._check_protocol(line, methods.get(line["method"], runs[0].described()))
         return [run for run in runs if run.id not in self.lines]
 
     def _check_protocol(self, line: Line, now: Line) -> None:
@@ -76,6 +77,9 @@ class Record:
             for name in PROTOCOL
             if name in line and name in now and line[name] != now[name]
         ]
+        tried, trying = (it.get("pairs_tried") for it in (line, now))
+        if line["method"] == now["method"] and tried and trying and tried != trying:
+            differences.append(f"learning rates and decays tried were {tried}, now {trying}")
         if differences:
             raise ValueError(
                 f"{self.path} is of another protocol ({line['id']}): {'; '.join(differences)}. Results of both do not "
@@ -95,8 +99,9 @@ def _check_same(path: Path, run: Run, line: Line | None) -> None:
 
 
 def _flat(line: Line) -> Line:
-    """Return a line with the options of its configuration beside the rest; titles are only words."""
-    return {**{key: value for key, value in line.items() if key not in ("config", "title")}, **line["config"]}
+    """Return a line with the options of training and adapter beside the rest; titles are only words."""
+    plain = {key: value for key, value in line.items() if key not in ("config", "adapter", "title")}
+    return {**plain, **line["config"], **{f"adapter.{key}": it for key, it in line.get("adapter", {}).items()}}
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Run:
         seed: Of head, adapter and the order of images.
         learning_rate: Peak learning rate, of adapter and head.
         weight_decay: Of matrices.
-        search: How the search is done: `tries`, the number of pairs each method has, and `scheduler`.
+        search: How the search is done: `tries`, the number of pairs each method has, `pairs_tried`, and `scheduler`.
         changes: Options of `gift train` that were set for the whole benchmark, such as `epochs`.
     """
 
@@ -86,7 +86,8 @@ class Run:
         named |= {"title": self.method.title, "phase": self.phase, "seed": self.seed}
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
         sizes = {"model": config["model"], "epochs": config["epochs"]}
-        return named | rates | sizes | self.search | {"config": config, "images_digest": self.task.digest}
+        decided_by = {"config": config, "images_digest": self.task.digest, **self.method.made_of}
+        return named | rates | sizes | self.search | decided_by
 
 
 def _as_file(name: str) -> str:
@@ -106,8 +107,11 @@ def search_runs(
     changes: dict[str, Any],
 ) -> list[Run]:
     """Return the search of every method on every task; `pairs` are the learning rates and decays by method."""
+    tried = {name: [list(pair) for pair in of_method] for name, of_method in pairs.items()}
     return [
-        Run(suite, task, method, SEARCH, SEARCH_SEED, rate, decay, search, changes)
+        Run(
+            suite, task, method, SEARCH, SEARCH_SEED, rate, decay, search | {"pairs_tried": tried[method.name]}, changes
+        )
         for task in tasks
         for method in methods
         for rate, decay in pairs[method.name]

@@ -24,6 +24,7 @@ class Searched:
         title: For tables.
         parameters: Trained ones without the head; the most of any task.
         best: By task, the line of the best try.
+        tried: Tasks of which every try has a line, whatever came out.
         at_end: Tasks whose best learning rate is the lowest or highest that was tried, of several.
     """
 
@@ -31,6 +32,7 @@ class Searched:
     title: str
     parameters: int | None
     best: Mapping[str, Line]
+    tried: frozenset[str]
     at_end: frozenset[str]
 
     def accuracy(self, tasks: Sequence[str]) -> float | None:
@@ -56,9 +58,11 @@ def read_searches(lines: Sequence[Line]) -> list[Searched]:
 
 
 def _read(lines: Sequence[Line]) -> Searched:
-    best, at_end = {}, set()
+    best, tried, at_end = {}, set(), set()
     for task in dict.fromkeys(line["task"] for line in lines):
         tries = [line for line in lines if line["task"] == task]
+        if len(tries) == tries[0].get("tries", len(tries)):
+            tried.add(task)
         found = min(tries, key=rank)
         if found["accuracy"] is None:
             continue
@@ -67,7 +71,9 @@ def _read(lines: Sequence[Line]) -> Searched:
         if min(rates) < max(rates) and found["learning_rate"] in (min(rates), max(rates)):
             at_end.add(task)
     counts = [line["trained_parameters_without_head"] for line in best.values()]
-    return Searched(lines[0]["method"], lines[0]["title"], max(counts, default=None), best, frozenset(at_end))
+    return Searched(
+        lines[0]["method"], lines[0]["title"], max(counts, default=None), best, frozenset(tried), frozenset(at_end)
+    )
 
 
 def validation_markdown(lines: Sequence[Line], reference: str) -> str:
