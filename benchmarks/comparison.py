@@ -1,7 +1,7 @@
 """The comparison that docs/plan-of-comparison.md plans: its runs, and the documents that show what they came to.
 
     python benchmarks/comparison.py run search --data runs/data --photos runs/data/photos
-    python benchmarks/comparison.py write --documents docs/benchmarks.md README.md --take_over true
+    python benchmarks/comparison.py write --document docs/benchmarks.md --readme README.md --take_over true
 
 The steps of `run`, in this order: `search` (of the methods of the primary question), `primary` (their tests), `others`
 (the rest of the table), `screening` (searches of all ablations), `ablations` (tests of those that matter). Each is one
@@ -134,7 +134,8 @@ def run(step: str, data: Path, photos: Path, runs: Path = Path("runs"), plan: bo
 
 
 def write(
-    documents: Sequence[Path] = (),
+    document: Path | None = None,
+    readme: Path | None = None,
     results: Path = Path("results"),
     runs: Path = Path("runs"),
     take_over: bool = False,
@@ -142,7 +143,8 @@ def write(
     """Write the tables of documents anew, from what lies in `results/`.
 
     Args:
-        documents: Documents whose tables are written anew.
+        document: Document whose tables are written anew, with the plot beside it.
+        readme: README whose table is written anew.
         results: Folder of the repository that holds the lines.
         runs: Folder of the folders of the benchmarks.
         take_over: Whether to take the lines of these over into `results/` first.
@@ -150,8 +152,8 @@ def write(
     for name in FOLDERS if take_over else ():
         if (runs / name).exists():
             _take_over(runs / name, results / f"{name}.jsonl")
-    for document in documents:
-        tables.write_tables(document, tables.read_results(results))
+    for path in filter(None, (document, readme)):
+        tables.write_tables(path, tables.read_results(results))
 
 
 def _take_over(folder: Path, path: Path) -> None:

@@ -247,17 +247,17 @@ def test_lines_are_taken_over_and_none_is_ever_lost(tmp_path):
     document = tmp_path / "document.md"
     start, end = tables.marks("answer")
     document.write_text(f"before\n{start}\nold\n{end}\nafter\n")
-    comparison.write([document], results, runs, take_over=True)
+    comparison.write(document, None, results, runs, take_over=True)
     assert (results / "comparison.jsonl").read_text() == text
     assert between(document, start, end) == tables.answer_text(lines)
     assert not list(tmp_path.glob("*.png"))
     (runs / "comparison" / "runs.jsonl").write_text(text.partition("\n")[2])
     with pytest.raises(ValueError, match=r"lacks 1 runs of .*comparison.jsonl, such as 0, which would be lost: copy"):
-        comparison.write([document], results, runs, take_over=True)
+        comparison.write(document, None, results, runs, take_over=True)
     assert (results / "comparison.jsonl").read_text() == text
     document.write_text("nothing")
     with pytest.raises(ValueError, match="has no place for a table"):
-        comparison.write([document], results)
+        comparison.write(document, None, results)
 
 
 def test_documents_show_what_was_measured():

@@ -1,0 +1,251 @@
+"""Remedies for where GIFT loses, tried on validation images as docs/plan-of-comparison.md says.
+
+    python benchmarks/remedies.py run --data runs/data --photos runs/data/photos --tasks digits,flowers17
+    python benchmarks/remedies.py write --document docs/benchmarks.md --take_over true
+
+Each is the chosen size of GIFT with one change, with the learning rate and weight decay that were best for it on the
+task, on three seeds. Changes that are no options of GIFT are made here, to a subclass of its generator or to the
+optimizer: only what helps belongs into the package. Killed, it goes on where it was; `--workers` trainings at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from jsonargparse import auto_cli
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import comparison
+from benchmarks import comparison_tables as tables
+from benchmarks.documents import replace_between
+from gift.benchmark.benchmark import planned_searches
+from gift.benchmark.methods import read_methods, resolve_methods
+from gift.benchmark.perform import perform
+from gift.benchmark.record import Record, locked, read_lines
+from gift.benchmark.runs import Line, Run
+from gift.benchmark.suites import SUITES
+from gift.benchmark.tables import NOTHING, table
+from gift.benchmark.tasks import open_tasks
+from gift.benchmark.validation import read_searches
+from gift.pretrained import SMALL
+from gift.training import finetune
+from gift.training.loop import make_optimizer
+from gift.tuner import model as tuner
+from gift.tuner.generator import WeightGenerator
+
+SEEDS = (101, 102, 103)
+END_MAPS = ("reduce", "recover")
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of GIFT.
+
+    Attributes:
+        title: For the table.
+        options: Of `GiftConfig`, otherwise than by default.
+        training: Of `gift train`, otherwise than in the protocol.
+        change: What is in force while a run goes on.
+    """
+
+    title: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    change: Callable[[], Any] = nullcontext
+
+
+@contextmanager
+def _generator(kind: type[WeightGenerator]) -> Iterator[None]:
+    with patch.object(tuner, "WeightGenerator", kind):
+        yield
+
+
+def starting_at(deviation: float) -> type[WeightGenerator]:
+    """Return generators whose recovery does not start at zero."""
+
+    class Started(WeightGenerator):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            nn.init.normal_(self.recover, std=deviation)
+
+    return Started
+
+
+class OfUnitRows(WeightGenerator):
+    """Generators that read every row of a weight at length one."""
+
+    def _reduce(self, weight: Any) -> Any:
+        return super()._reduce(weight) / weight.detach().norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+class OfUnitWeights(WeightGenerator):
+    """Generators that read every weight with rows of length one on average (root mean square)."""
+
+    def _reduce(self, weight: Any) -> Any:
+        return super()._reduce(weight) / weight.detach().square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
+
+
+class ScaledPerLayer(WeightGenerator):
+    """Generators with a learned factor for every layer, one at the start."""
+
+    def calibrate(self, weights: Sequence[Any]) -> None:
+        super().calibrate(weights)
+        self.scales = nn.Parameter(torch.ones(len(weights), 1, 1, dtype=self.recover.dtype, device=self.recover.device))
+
+    def _tokens_to_left(self, tokens: Any) -> Any:
+        left, assignments = super()._tokens_to_left(tokens)
+        return left * self.scales, assignments
+
+
+@contextmanager
+def _end_maps_times(factor: float) -> Iterator[None]:
+    """Train reduction and recovery with other learning rates than the rest of the generator."""
+
+    def make(model: nn.Module, options: Any) -> torch.optim.Optimizer:
+        optimizer = make_optimizer(model, options)
+        ends = {id(p) for name, p in model.named_parameters() if any(f".{end}" in name for end in END_MAPS)}
+        for group in list(optimizer.param_groups):
+            apart = [parameter for parameter in group["params"] if id(parameter) in ends]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ends]
+            if apart:
+                optimizer.add_param_group({**group, "params": apart, "lr": factor * group["lr"]})
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    with patch.object(finetune, "make_optimizer", make):
+        yield
+
+
+REMEDIES = {
+    "none": Remedy("nothing changed"),
+    "recover-0.001": Remedy("recovery starts with deviation 0.001", change=lambda: _generator(starting_at(0.001))),
+    "recover-0.01": Remedy("recovery starts with deviation 0.01", change=lambda: _generator(starting_at(0.01))),
+    "ends-0.25": Remedy("reduction and recovery with 1/4 of the learning rate", change=lambda: _end_maps_times(0.25)),
+    "ends-4": Remedy("reduction and recovery with 4 times the learning rate", change=lambda: _end_maps_times(4.0)),
+    "warm-up": Remedy("30 % of warm-up", training={"warmup_ratio": 0.3}),
+    "unit-rows": Remedy("rows of weights at length one before the reduction", change=lambda: _generator(OfUnitRows)),
+    "unit-weights": Remedy(
+        "whole weights at one length before the reduction", change=lambda: _generator(OfUnitWeights)
+    ),
+    "layer-scales": Remedy("a learned scale for every layer", change=lambda: _generator(ScaledPerLayer)),
+    "gain": Remedy("a learned gain of the assignment, from 1", {"learn_assignment_gain": True}),
+    "gain-8": Remedy("a learned gain of the assignment, from 8", {"learn_assignment_gain": True, "assignment_gain": 8}),
+    "recover-bias": Remedy("a bias in the recovery", {"recover_bias": True}),
+    "scaling-0.25": Remedy("scaling 1/4", {"scaling": 0.25}),
+    "scaling-4": Remedy("scaling 4", {"scaling": 4}),
+}
+
+
+def runs_of(place: comparison.Place, tasks: Sequence[str], lines: Sequence[Line]) -> dict[str, tuple[str, Run]]:
+    """Return by id the remedy and the run of every remedy, task and seed; `lines` are those of the comparison."""
+    chosen = tables.choose(lines)
+    best = next(one.best for one in read_searches(lines) if one.method == chosen)
+    (method,) = resolve_methods(read_methods([chosen], SUITES["offline"].protocol), SMALL)
+    options = place.benchmark("remedies", [chosen], tasks=tasks, search_only=True)
+    drawn = [name for name in tasks if name not in comparison.PHOTOS]
+    found: dict[str, tuple[str, Run]] = {}
+    for seed in SEEDS:
+        opened = open_tasks("offline", drawn, list(options.folders), options.data, seed)
+        planned = {run.task.name: run for run in planned_searches(options, opened, [method])}
+        for task, run in planned.items():
+            rates = {name: best[task][name] for name in ("learning_rate", "weight_decay")}
+            for name, remedy in REMEDIES.items():
+                changed = replace(run, method=_changed(method, name, remedy), seed=seed, **rates)
+                found[f"{task}/{name}/seed={seed}"] = (name, changed)
+    return found
+
+
+def _changed(method: Any, name: str, remedy: Remedy) -> Any:
+    own = {**method.options["method_options"], **remedy.options}
+    options = {**method.options, **remedy.training, "method_options": own}
+    return replace(method, name=f"{method.name}+{name}", title=remedy.title, options=options)
+
+
+def do(name: str, run: Run, out: Path) -> Line:
+    """Return the line of a run with its remedy in force."""
+    torch.set_num_threads(1)
+    with REMEDIES[name].change():
+        return perform(run, out / f"seed={run.seed}")
+
+
+def run(data: Path, photos: Path, tasks: str, runs: Path = Path("runs"), workers: int = 2) -> None:
+    """Run every remedy on some tasks, or go on with it.
+
+    Args:
+        data: Folder that holds the drawn tasks.
+        photos: Folder that holds the folders flowers17 and caltech97.
+        tasks: Where GIFT lost, and others to see harm, with commas between.
+        runs: Folder of the folders of the benchmarks; the comparison is in one of them.
+        workers: Number of trainings at once.
+    """
+    place, out = comparison.Place(data, photos, runs), runs / "remedies"
+    planned = runs_of(place, tasks.split(","), read_lines(runs / "comparison"))
+    with locked(out), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        record = Record(out)
+        left = {key: it for key, it in planned.items() if key not in record.lines}
+        waiting = {pool.submit(do, name, it, out): (key, name) for key, (name, it) in left.items()}
+        for count, future in enumerate(as_completed(waiting), 1):
+            key, name = waiting[future]
+            line = future.result() | {"id": key, "remedy": name}
+            record.add(line)
+            print(f"[{count} of {len(left)}] {key}: {line['accuracy']}", flush=True)
+
+
+def remedy_table(lines: Sequence[Line]) -> str:
+    """Return mean accuracies on validation images by task, less those without a change."""
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    rows = []
+    for name, remedy in REMEDIES.items():
+        differences = {task: _difference(lines, name, task) for task in tasks}
+        known = [value for value in differences.values() if value is not None]
+        cells = [NOTHING if value is None else f"{value:+.1f}" for value in differences.values()]
+        if name == "none":
+            cells = [f"{_accuracy(lines, name, task):.1f}" for task in tasks]
+        total = f"{mean(known):+.1f}" if len(known) == len(tasks) and name != "none" else ""
+        rows.append([remedy.title, *cells, total])
+    return table(["change", *tasks, "mean"], rows)
+
+
+def _difference(lines: Sequence[Line], name: str, task: str) -> float | None:
+    ours, theirs = _accuracy(lines, name, task), _accuracy(lines, "none", task)
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def _accuracy(lines: Sequence[Line], name: str, task: str) -> float | None:
+    own = [line["accuracy"] for line in lines if (line["remedy"], line["task"]) == (name, task)]
+    return None if len(own) < len(SEEDS) or None in own else 100 * mean(own)
+
+
+def write(
+    document: Path | None = None,
+    results: Path = Path("results"),
+    runs: Path = Path("runs"),
+    take_over: bool = False,
+) -> None:
+    """Write the table of documents anew.
+
+    Args:
+        document: Document that has a place for it.
+        results: Folder of the repository that holds the lines.
+        runs: Folder of the folders of the benchmarks.
+        take_over: Whether to take the lines over into `results/` first.
+    """
+    path = results / "remedies.jsonl"
+    if take_over:
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in read_lines(runs / "remedies")))
+    if document is not None:
+        replace_between(document, *tables.marks("remedies"), remedy_table(read_lines(path)))
+
+
+if __name__ == "__main__":
+    auto_cli([run, write], as_positional=False)
