@@ -151,12 +151,13 @@ def write(
     """
     for name in FOLDERS if take_over else ():
         if (runs / name).exists():
-            _take_over(runs / name, results / f"{name}.jsonl")
+            take_over_lines(runs / name, results / f"{name}.jsonl")
     for path in filter(None, (document, readme)):
         tables.write_tables(path, tables.read_results(results))
 
 
-def _take_over(folder: Path, path: Path) -> None:
+def take_over_lines(folder: Path, path: Path) -> None:
+    """Write the lines of a benchmark into a file of the repository; none that is there is ever lost."""
     lines = read_lines(folder)
     lost = {line["id"] for line in read_lines(path)} - {line["id"] for line in lines} if path.exists() else set()
     if lost:

@@ -184,7 +184,12 @@ def _changes(searches: Iterable[Searched]) -> dict[str, float | None]:
     """Return by method how much better than the default it is on validation images, without the default."""
     by_name = {searched.method: searched.accuracy(ABLATED_ON) for searched in searches}
     default = by_name.pop(DEFAULT)
-    return {name: None if None in (own, default) else own - default for name, own in by_name.items()}  # type: ignore
+    return {name: less(own, default) for name, own in by_name.items()}
+
+
+def less(ours: float | None, theirs: float | None) -> float | None:
+    """Return how much more the first is than the second, or None if one is missing."""
+    return None if ours is None or theirs is None else ours - theirs
 
 
 def table_of_ablations(lines: Sequence[Line]) -> str:

@@ -8,7 +8,6 @@ task, on three seeds. Changes that are no options of GIFT are made here, to a su
 optimizer: only what helps belongs into the package. Killed, it goes on where it was; `--workers` trainings at once.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -217,8 +216,7 @@ def remedy_table(lines: Sequence[Line]) -> str:
 
 
 def _difference(lines: Sequence[Line], name: str, task: str) -> float | None:
-    ours, theirs = _accuracy(lines, name, task), _accuracy(lines, "none", task)
-    return None if ours is None or theirs is None else ours - theirs
+    return tables.less(_accuracy(lines, name, task), _accuracy(lines, "none", task))
 
 
 def _accuracy(lines: Sequence[Line], name: str, task: str) -> float | None:
@@ -242,7 +240,7 @@ def write(
     """
     path = results / "remedies.jsonl"
     if take_over:
-        path.write_text("".join(f"{json.dumps(line)}\n" for line in read_lines(runs / "remedies")))
+        comparison.take_over_lines(runs / "remedies", path)
     if document is not None:
         replace_between(document, *tables.marks("remedies"), remedy_table(read_lines(path)))
 
