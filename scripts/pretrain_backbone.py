@@ -1,4 +1,4 @@
-"""Pretrain a small plain ViT on labelled images, one linear head per data set; killed, it goes on where it was.
+"""Pretrain a small plain ViT on labelled images, one head per data set; killed, it goes on where it was.
 
     python scripts/pretrain_backbone.py --data cifar10-train.parquet tinyimagenet64-train.parquet --out runs/backbone
 
@@ -43,11 +43,14 @@ class Pretraining:
         depth: Blocks.
         embed_dim: Width of a token.
         num_heads: Attention heads.
+        mlp_ratio: Width of an MLP's hidden layer, in widths of a token.
         image_size_px: Side of the images in pixels.
         patch_size_px: Side of a patch in pixels.
         class_token: Whether there is one.
         reg_tokens: Register tokens.
         global_pool: What the heads are given: `token`, the class token, or `avg`, the mean of the patch tokens.
+        head_dim: Width of a hidden layer in the heads, which keeps the backbone's features less bound to the classes
+            (Sariyildiz et al., arXiv 2206.15369); 0 makes the heads linear.
         samples: Images to train on, all in all.
         batch_size: Images per step.
         patch_drop_rate: Share of the patch tokens that is left out in training.
@@ -71,11 +74,13 @@ class Pretraining:
     depth: int = 8
     embed_dim: int = 128
     num_heads: int = 4
+    mlp_ratio: float = 4.0
     image_size_px: int = 64
     patch_size_px: int = 8
     class_token: bool = True
     reg_tokens: int = 0
     global_pool: Literal["token", "avg"] = "token"
+    head_dim: int = 0
     samples: int = 824_320
     batch_size: int = 256
     patch_drop_rate: float = 0.5
@@ -97,6 +102,8 @@ class Pretraining:
         for name in ("samples", "batch_size", "warmup_steps", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.head_dim < 0:
+            raise ValueError(f"head_dim must be at least 0, got {self.head_dim}.")
         if not 0 <= self.constant_until < 1:
             raise ValueError(f"constant_until must be from 0 to less than 1, got {self.constant_until}.")
         if self.shares is not None and (len(self.shares) != len(self.data) or min(self.shares, default=1) <= 0):
@@ -106,6 +113,8 @@ class Pretraining:
                 raise ValueError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")
         if self.mixed and self.batch_size % 2:
             raise ValueError(f"Images are mixed in pairs: batch_size must be even, got {self.batch_size}.")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}.")
         if self.data and min(self.counts) < 1:
             raise ValueError(
                 f"A batch of {self.batch_size} cannot hold an image of each of {len(self.data)} data sets."
@@ -122,7 +131,8 @@ class Pretraining:
         sizes = {"img_size": self.image_size_px, "patch_size": self.patch_size_px, "embed_dim": self.embed_dim}
         tokens = {"class_token": self.class_token, "reg_tokens": self.reg_tokens, "global_pool": self.global_pool}
         # The norm stays where it is with a class token: after the blocks, on every token.
-        return sizes | tokens | {"depth": self.depth, "num_heads": self.num_heads, "fc_norm": False}
+        blocks = {"depth": self.depth, "num_heads": self.num_heads, "mlp_ratio": self.mlp_ratio}
+        return sizes | tokens | blocks | {"fc_norm": False}
 
     @property
     def counts(self) -> list[int]:
@@ -217,6 +227,15 @@ def augment(pixels: Tensor, smallest_crop: float) -> Tensor:
     return (crops - mean) / std
 
 
+def head(dim: int, hidden_dim: int, classes: int) -> nn.Module:
+    """Return a head (batch, dim) -> (batch, classes), with one hidden layer unless its width is 0."""
+    if not hidden_dim:
+        return nn.Linear(dim, classes)
+    return nn.Sequential(
+        nn.Linear(dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.GELU(), nn.Linear(hidden_dim, classes)
+    )
+
+
 class Run:
     """Model, heads and optimizers of a run, and what it has reached: `history` has an entry for every 50 steps."""
 
@@ -228,7 +247,8 @@ class Run:
             ARCHITECTURE, num_classes=0, patch_drop_rate=options.patch_drop_rate, **options.model_args
         )
         self.options, self.step, self.seconds = options, 0, 0.0
-        self.vit, self.heads = vit, nn.ModuleList(nn.Linear(options.embed_dim, count) for count in classes)
+        self.vit = vit
+        self.heads = nn.ModuleList(head(options.embed_dim, options.head_dim, count) for count in classes)
         mixing: dict[str, Any] = {"prob": options.mixed, "mode": "elem", "label_smoothing": 0.0}  # that is of the loss
         self.mixers = [Mixup(0.8, 1.0, num_classes=count, **mixing) for count in classes]
         self.model = nn.ModuleDict({"vit": self.vit, "heads": self.heads})
@@ -257,9 +277,9 @@ class Run:
             features = self.vit(images).split([len(target) for target in targets])
         losses = [
             functional.cross_entropy(
-                head(part.float()), target, reduction="none", label_smoothing=self.options.label_smoothing
+                classify(part.float()), target, reduction="none", label_smoothing=self.options.label_smoothing
             )
-            for head, part, target in zip(self.heads, features, targets, strict=True)
+            for classify, part, target in zip(self.heads, features, targets, strict=True)
         ]
         loss = torch.cat(losses).mean()
         loss.backward()

@@ -94,7 +94,10 @@ def test_the_state_of_other_options_or_data_is_not_gone_on_with(script, data, tm
 
 @pytest.mark.parametrize(
     "option",
-    ["--samples=0", "--warmup_steps=0", "--constant_until=1", "--batch_size=1", "--mixed=2", "--whole_from=-1"],
+    [
+        *("--samples=0", "--warmup_steps=0", "--constant_until=1", "--batch_size=1", "--mixed=2", "--whole_from=-1"),
+        *("--head_dim=-1", "--mlp_ratio=0"),
+    ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_read(script, data, tmp_path, option):
     with pytest.raises(ValueError, match=r"must be|cannot hold"):
@@ -220,6 +223,19 @@ def test_registers_may_take_the_place_of_the_class_token(script, data, tmp_path)
     expected = vit.forward_features(images)[:, 2:].mean(dim=1)  # the norm comes before the mean
     assert torch.allclose(vit.forward_head(vit.forward_features(images), pre_logits=True), expected)
     assert any(name.endswith(".norm.weight") for name in whole)
+
+
+def test_heads_with_a_hidden_layer_stay_behind(script, data, tmp_path):
+    run = make_run(script, head_dim=24, mlp_ratio=1.0)
+    assert [[tuple(p.shape) for p in head.parameters() if p.ndim == 2] for head in run.heads] == [
+        [(24, 32), (classes, 24)] for classes in (2, 3)
+    ]
+    linear = pretrain(script, data, tmp_path / "linear", "--mlp_ratio=1")
+    hidden = pretrain(script, data, tmp_path / "hidden", "--mlp_ratio=1", "--head_dim=24")
+    assert {name: tensor.shape for name, tensor in linear.items()} == {n: t.shape for n, t in hidden.items()}
+    assert linear["timm_model.blocks.0.mlp.fc1.weight"].shape == (32, 32)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "hidden" / "backbone", num_labels=2)
+    assert model.timm_model.blocks[0].mlp.fc1.out_features == 32
 
 
 def test_help_is_shown(script, capsys):
