@@ -106,7 +106,13 @@ def _lines(place: Place, folder: str) -> list[Line]:
     return read_lines(place.runs / folder)
 
 
-def run(step: str, data: Path, photos: Path, runs: Path = Path("runs"), plan: bool = False) -> None:
+def run(
+    step: str,
+    data: Path = Path("runs/data"),
+    photos: Path = Path("runs/data/photos"),
+    runs: Path = Path("runs"),
+    plan: bool = False,
+) -> None:
     """Run a step, or go on with it; a benchmark that fails keeps no other from being run.
 
     Args:

@@ -1,6 +1,6 @@
 """Remedies for where GIFT loses, tried on validation images as docs/plan-of-comparison.md says.
 
-    python benchmarks/remedies.py run --data runs/data --photos runs/data/photos --tasks digits,flowers17
+    python benchmarks/remedies.py run --tasks digits,flowers17 --data runs/data --photos runs/data/photos
     python benchmarks/remedies.py write --document docs/benchmarks.md --take_over true
 
 Each is the chosen size of GIFT with one change, with the learning rate and weight decay that were best for it on the
@@ -177,13 +177,19 @@ def do(name: str, run: Run, out: Path) -> Line:
         return perform(run, out / f"seed={run.seed}")
 
 
-def run(data: Path, photos: Path, tasks: str, runs: Path = Path("runs"), workers: int = 2) -> None:
+def run(
+    tasks: str,
+    data: Path = Path("runs/data"),
+    photos: Path = Path("runs/data/photos"),
+    runs: Path = Path("runs"),
+    workers: int = 2,
+) -> None:
     """Run every remedy on some tasks, or go on with it.
 
     Args:
+        tasks: Where GIFT lost, and others to see harm, with commas between.
         data: Folder that holds the drawn tasks.
         photos: Folder that holds the folders flowers17 and caltech97.
-        tasks: Where GIFT lost, and others to see harm, with commas between.
         runs: Folder of the folders of the benchmarks; the comparison is in one of them.
         workers: Number of trainings at once.
     """

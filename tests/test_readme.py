@@ -54,3 +54,8 @@ def test_the_card_of_the_backbone_shows_what_was_measured():
         shown = (f"{row[name]['accuracy']:.1f} [" for name in ("linear probe", "k-NN"))
         assert f"| {row['train']:,} / {row['test']:,} | {next(shown)}" in card
         assert f"| {next(shown)}" in card
+    for tried in ("d128", "d192"):
+        found = json.loads((ROOT / "results" / f"backbone_{tried}_l12.json").read_text())["data"]
+        probes = [found[name]["linear probe"] for name in ("flowers17", "caltech97")]
+        cells = ("{:.1f} [{:.1f}, {:.1f}]".format(one["accuracy"], *one["interval"]) for one in probes)
+        assert f"| {' | '.join(cells)} |" in card

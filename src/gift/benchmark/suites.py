@@ -82,7 +82,7 @@ SUITES: dict[str, Suite] = {
     ),
     "offline": Suite(
         ("digits", "dsprites_loc", "dsprites_ori", "rendered_flowers"),
-        Protocol({"model": SMALL, "epochs": 30, "batch_size": 32, "validation_share": 0.2}, {}, _SMALL_RATES),
+        Protocol({"model": SMALL, "epochs": 30, "batch_size": 16, "validation_share": 0.2}, {}, _SMALL_RATES),
         {
             "digits": None,
             "dsprites_loc": SPRITES_TESTED,
