@@ -89,7 +89,7 @@ def test_end_maps_have_their_own_learning_rate():
 
 
 def line(name, task, seed, accuracy):
-    return {"id": f"{task}/{name}/{seed}", "task": task, "remedy": name, "seed": seed, "accuracy": accuracy} | {}
+    return {"id": f"{task}/{name}/{seed}", "task": task, "remedy": name, "seed": seed, "accuracy": accuracy}
 
 
 def test_the_table_shows_what_three_seeds_changed():
