@@ -3,7 +3,6 @@ import json
 import os
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,7 +229,10 @@ def test_damaged_scores_are_refused(tmp_path, content):
         read_scores(tmp_path / "scores.json")
 
 
-def test_what_cannot_be_explained_writes_nothing(trained, striped, tmp_path):
+def test_what_cannot_be_explained_writes_nothing(trained, striped, tmp_path, monkeypatch):
+    here = tmp_path / "apart" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
     (tmp_path / "bad.png").write_text("no picture")
     (tmp_path / "scores.json").write_text('{"rows": [{}]}')
     for given, message in (
@@ -243,8 +245,8 @@ def test_what_cannot_be_explained_writes_nothing(trained, striped, tmp_path):
         ({"images": [striped / "test"], "out": striped}, "must lie apart from .*, which is read"),
         ({"images": [striped], "out": trained[0].parent}, "must lie apart from"),
         ({"images": [striped], "out": tmp_path / "bad.png"}, "bad.png is a file"),
-        ({"images": [striped], "out": Path.cwd()}, "is the current folder or holds it"),
-        ({"images": [striped], "out": Path.cwd().parent}, "is the current folder or holds it"),
+        ({"images": [striped], "out": here}, "is the current folder or holds it"),
+        ({"images": [striped], "out": here.parent}, "is the current folder or holds it"),
     ):
         with pytest.raises(ValueError, match=message):
             explain_pictures(**({"adapter": trained[0], "out": tmp_path / "out"} | given))
