@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from gift.benchmark.benchmark import run_benchmark
 from gift.benchmark.options import BenchmarkOptions
 from gift.benchmark.plan import describe_plan, plan_benchmark
 from gift.benchmark.record import read_lines
-from gift.benchmark.runs import Line
+from gift.benchmark.runs import Line, folder_of
 from gift.training.folder import write as write_file
 
 EPOCHS, TRIES = 5, 4
@@ -55,7 +56,7 @@ ALWAYS = tuple(f"{DEFAULT}:target_modules={place}" for place in PLACES)  # teste
 ABLATIONS = (*(f"{DEFAULT}:{change}" for change in CHANGES), *GENERATORS, *ALWAYS)
 
 STEPS = ("search", "primary", "others", "screening", "ablations")
-FOLDERS = {"comparison": STEPS[:3], "ablations": STEPS[3:]}
+FOLDERS = {"comparison": STEPS[:3], "ablations": STEPS[3:], "remedies": ()}  # the last by benchmarks/remedies.py
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ def write(
 
 
 def take_over_lines(folder: Path, path: Path) -> None:
-    """Write the lines of a benchmark into a file of the repository; none that is there is ever lost."""
-    lines = read_lines(folder)
+    """Write the lines of a benchmark into a file of the repository, with losses; none that is there is ever lost."""
+    lines = [{**line, "train_loss": _train_loss(folder_of(line, folder))} for line in read_lines(folder)]
     lost = {line["id"] for line in read_lines(path)} - {line["id"] for line in lines} if path.exists() else set()
     if lost:
         raise ValueError(
@@ -172,6 +173,14 @@ def take_over_lines(folder: Path, path: Path) -> None:
             f"{folder / 'runs.jsonl'}, and go on with the runs from there."
         )
     write_file(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def _train_loss(folder: Path) -> float | None:
+    """Return the mean loss of the last epoch of a training, or None if it left no log, or diverged."""
+    path = folder / "log.jsonl"
+    entries = [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+    loss = next((entry["loss"] for entry in reversed(entries) if "loss" in entry), None)
+    return loss if loss is not None and isfinite(loss) else None
 
 
 if __name__ == "__main__":

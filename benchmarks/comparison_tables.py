@@ -1,19 +1,20 @@
 """What the lines of `benchmarks/comparison.py` come to: the primary question, ranks, ablations, tables of documents."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import suite
 from benchmarks.documents import replace_between
 from gift.benchmark.intervals import LEVEL, Estimate, paired_interval
 from gift.benchmark.outcome import summary_of
 from gift.benchmark.plots import draw_pareto
 from gift.benchmark.record import read_lines
 from gift.benchmark.runs import TEST
-from gift.benchmark.tables import NOTHING, table
+from gift.benchmark.summary import Summary
+from gift.benchmark.tables import NOTHING, markdown, table
 from gift.benchmark.validation import Searched, read_searches
 
 Line = Mapping[str, Any]
@@ -32,6 +33,7 @@ FAMILIES = {
 }
 
 ABLATED_ON = ("digits", "rendered_flowers", "flowers17")
+UNCHANGED = "none"  # name of the remedy that changes nothing
 MATTERS, MOST_TESTED = 1.5, 8  # points on validation images from which an ablation is tested; how many are
 
 
@@ -136,12 +138,38 @@ def answer_text(lines: Sequence[Line]) -> str:
     return f"{text}, {_points(found.without_sprites)} without dSprites, which LoRA barely learns."
 
 
-def _points(estimate: Estimate | None, digits: int = 2) -> str:
+def _points(estimate: Estimate | None, digits: int = 2, sign: str = "+") -> str:
     if estimate is None:
         return NOTHING
-    if estimate.low is None:
-        return f"{estimate.mean:+.{digits}f}"
-    return f"{estimate.mean:+.{digits}f} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
+    shown = [f"{value:{sign}.{digits}f}" for value in (estimate.mean, estimate.low, estimate.high) if value is not None]
+    return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def table_of_tasks(lines: Sequence[Line]) -> str:
+    """Return the two methods of the primary question task by task, and their losses: whether they fit, or generalise.
+
+    Losses are means over seeds; those of training are of the last epoch.
+    """
+    found = answer(lines)
+    if found is None:
+        return "Not finished: runs of the primary question are missing."
+    tests = [line for line in lines if line["phase"] == TEST]
+    titles = {line["method"]: line["title"] for line in tests}
+    rows = []
+    for task in TASKS:
+        pair = [[line for line in tests if (line["method"], line["task"]) == (n, task)] for n in (LORA, found.chosen)]
+        shown = [_mean_of(own, field) for field in ("accuracy", "train_loss", "loss") for own in pair]
+        change = _points(difference(lines, found.chosen, LORA, (task,)))
+        accuracies = ["–" if value is None else f"{100 * value:.1f}" for value in shown[:2]]
+        losses = ["–" if value is None else f"{value:.3f}" for value in shown[2:]]
+        rows.append([task, *accuracies, change, " / ".join(losses[:2]), " / ".join(losses[2:])])
+    head = ["task", *(titles[name] for name in (LORA, found.chosen)), "difference [95 %]"]
+    return table([*head, "loss in training, LoRA / GIFT", "on test images, LoRA / GIFT"], rows)
+
+
+def _mean_of(lines: Sequence[Line], field: str) -> float | None:
+    values = [line.get(field) for line in lines]
+    return None if None in values or not values else mean(values)  # type: ignore[type-var]
 
 
 def table_of_ranks(lines: Sequence[Line]) -> str:
@@ -224,12 +252,37 @@ def _in_words(method: str) -> str:
     return method.removeprefix(f"{DEFAULT}:").replace("gift-linear", "generator=linear").removeprefix("gift:")
 
 
+def table_of_remedies(lines: Sequence[Line]) -> str:
+    """Return how much better each remedy is than none on validation images, by task and on the mean over tasks."""
+    titles = {line["remedy"]: line["title"] for line in lines}
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    unchanged = [_by_seed(lines, UNCHANGED, task) for task in tasks]
+    cells = [f"{mean(one.values()):.1f}" for one in unchanged]
+    rows = [(0.0, [titles.pop(UNCHANGED), *cells, f"{mean(mean(one.values()) for one in unchanged):.1f}"])]
+    for name, title in titles.items():
+        own = [_by_seed(lines, name, task) for task in tasks]
+        if any(a.keys() != b.keys() for a, b in zip(own, unchanged, strict=True)):
+            rows.append((-101.0, [title, *[NOTHING] * len(tasks), NOTHING]))
+            continue
+        changes = [mean(a.values()) - mean(b.values()) for a, b in zip(own, unchanged, strict=True)]
+        whole = _points(paired_interval(own, unchanged, LEVEL), 1)
+        rows.append((mean(changes), [title, *[f"{change:+.1f}" for change in changes], whole]))
+    rows[1:] = sorted(rows[1:], key=lambda row: -row[0])
+    return table(["validation", *tasks, "mean [95 %]"], [row for _, row in rows])
+
+
+def _by_seed(lines: Sequence[Line], remedy: str, task: str) -> dict[int, float]:
+    """Return accuracies in %, without those of runs that diverged."""
+    own = [line for line in lines if (line["remedy"], line["task"]) == (remedy, task)]
+    return {line["seed"]: 100 * line["accuracy"] for line in own if line["accuracy"] is not None}
+
+
 # ---- documents -------------------------------------------------------------------------------------------------------
 
 
 def read_results(results: Path) -> dict[str, list[Line]]:
     """Return the lines that lie in the repository, by the name of their file."""
-    names = ("comparison", "ablations")
+    names = ("comparison", "ablations", "remedies")
     return {name: [*read_lines(path)] for name in names if (path := results / f"{name}.jsonl").exists()}
 
 
@@ -244,13 +297,35 @@ def texts(lines: Mapping[str, Sequence[Line]]) -> dict[str, str]:
     if "comparison" in lines:
         summary = summary_of(lines["comparison"])
         found = {"answer": answer_text(lines["comparison"]), "ranks": table_of_ranks(lines["comparison"])}
-        found |= {"table": suite.document(summary, PICTURE), "means": suite.readme_table(summary)}
+        found["tasks"] = table_of_tasks(lines["comparison"])
+        found |= {"table": all_tables(summary), "means": table_of_means(summary, lines["comparison"])}
     if "ablations" in lines:
         found["ablations"] = table_of_ablations(lines["ablations"])
+    if "remedies" in lines:
+        found["remedies"] = table_of_remedies(lines["remedies"])
     return found
 
 
 PICTURE = "benchmarks-comparison.png"  # beside the document that has the table
+
+
+def all_tables(summary: Summary) -> str:
+    """Return the tables of `gift benchmark`, one level below a document's own headings, and the plot."""
+    tables = re.sub(r"^##", "###", markdown(summary), flags=re.MULTILINE)
+    return f"{tables}\n![Accuracy against trained parameters]({PICTURE})\n"
+
+
+def table_of_means(summary: Summary, lines: Sequence[Line]) -> str:
+    """Return the means over tasks alone: of every method in its usual size, and of the size that was chosen."""
+    reference = next((row.title for row in summary.rows if row.method == summary.reference), "")
+    found = answer(lines)
+    aside = {name for sizes in FAMILIES.values() for name in sizes.values()} | {"lora:r=1,lora_alpha=1"}
+    aside -= {LORA, DEFAULT, "gift-linear", found.chosen if found else DEFAULT}
+    rows = []
+    for row in (row for row in summary.rows if row.method not in aside):
+        score = row.scores[summary.mean]
+        rows.append([row.title, f"{row.parameters:,}", _points(score.accuracy, 1, ""), _points(score.difference, 1)])
+    return table(["", "trained without head", f"{summary.mean.title}, %", f"less that of {reference} [95 %]"], rows)
 
 
 def write_tables(document: Path, lines: Mapping[str, Sequence[Line]]) -> None:

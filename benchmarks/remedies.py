@@ -1,11 +1,11 @@
 """Remedies for where GIFT loses, tried on validation images as docs/plan-of-comparison.md says.
 
-    python benchmarks/remedies.py run --tasks digits,flowers17 --data runs/data --photos runs/data/photos
-    python benchmarks/remedies.py write --document docs/benchmarks.md --take_over true
+    python benchmarks/remedies.py --tasks digits,flowers17 --data runs/data --photos runs/data/photos
 
 Each is the chosen size of GIFT with one change, with the learning rate and weight decay that were best for it on the
 task, on three seeds. Changes that are no options of GIFT are made here, to a subclass of its generator or to the
 optimizer: only what helps belongs into the package. Killed, it goes on where it was; `--workers` trainings at once.
+`benchmarks/comparison.py write` makes the table.
 """
 
 import sys
@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
 from typing import Any
 from unittest.mock import patch
 
@@ -26,14 +26,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import comparison
 from benchmarks import comparison_tables as tables
-from benchmarks.documents import replace_between
 from gift.benchmark.benchmark import planned_searches
 from gift.benchmark.methods import read_methods, resolve_methods
 from gift.benchmark.perform import perform
 from gift.benchmark.record import Record, locked, read_lines
 from gift.benchmark.runs import Line, Run
 from gift.benchmark.suites import SUITES
-from gift.benchmark.tables import NOTHING, table
 from gift.benchmark.tasks import open_tasks
 from gift.benchmark.validation import read_searches
 from gift.pretrained import SMALL
@@ -126,7 +124,7 @@ def _end_maps_times(factor: float) -> Iterator[None]:
 
 
 REMEDIES = {
-    "none": Remedy("nothing changed"),
+    tables.UNCHANGED: Remedy("nothing changed"),
     "recover-0.001": Remedy("recovery starts with deviation 0.001", change=lambda: _generator(starting_at(0.001))),
     "recover-0.01": Remedy("recovery starts with deviation 0.01", change=lambda: _generator(starting_at(0.01))),
     "ends-0.25": Remedy("reduction and recovery with 1/4 of the learning rate", change=lambda: _end_maps_times(0.25)),
@@ -156,11 +154,10 @@ def runs_of(place: comparison.Place, tasks: Sequence[str], lines: Sequence[Line]
     for seed in SEEDS:
         opened = open_tasks("offline", drawn, list(options.folders), options.data, seed)
         planned = {run.task.name: run for run in planned_searches(options, opened, [method])}
-        for task, run in planned.items():
-            rates = {name: best[task][name] for name in ("learning_rate", "weight_decay")}
-            for name, remedy in REMEDIES.items():
-                changed = replace(run, method=_changed(method, name, remedy), seed=seed, **rates)
-                found[f"{task}/{name}/seed={seed}"] = (name, changed)
+        for (task, run), (name, remedy) in product(planned.items(), REMEDIES.items()):
+            rates = {rate: best[task][rate] for rate in ("learning_rate", "weight_decay")}
+            changed = replace(run, method=_changed(method, name, remedy), seed=seed, **rates)
+            found[f"{task}/{name}/seed={seed}"] = (name, changed)
     return found
 
 
@@ -206,50 +203,5 @@ def run(
             print(f"[{count} of {len(left)}] {key}: {line['accuracy']}", flush=True)
 
 
-def remedy_table(lines: Sequence[Line]) -> str:
-    """Return mean accuracies on validation images by task, less those without a change."""
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
-    rows = []
-    for name, remedy in REMEDIES.items():
-        differences = {task: _difference(lines, name, task) for task in tasks}
-        known = [value for value in differences.values() if value is not None]
-        cells = [NOTHING if value is None else f"{value:+.1f}" for value in differences.values()]
-        if name == "none":
-            cells = [f"{_accuracy(lines, name, task):.1f}" for task in tasks]
-        total = f"{mean(known):+.1f}" if len(known) == len(tasks) and name != "none" else ""
-        rows.append([remedy.title, *cells, total])
-    return table(["change", *tasks, "mean"], rows)
-
-
-def _difference(lines: Sequence[Line], name: str, task: str) -> float | None:
-    return tables.less(_accuracy(lines, name, task), _accuracy(lines, "none", task))
-
-
-def _accuracy(lines: Sequence[Line], name: str, task: str) -> float | None:
-    own = [line["accuracy"] for line in lines if (line["remedy"], line["task"]) == (name, task)]
-    return None if len(own) < len(SEEDS) or None in own else 100 * mean(own)
-
-
-def write(
-    document: Path | None = None,
-    results: Path = Path("results"),
-    runs: Path = Path("runs"),
-    take_over: bool = False,
-) -> None:
-    """Write the table of documents anew.
-
-    Args:
-        document: Document that has a place for it.
-        results: Folder of the repository that holds the lines.
-        runs: Folder of the folders of the benchmarks.
-        take_over: Whether to take the lines over into `results/` first.
-    """
-    path = results / "remedies.jsonl"
-    if take_over:
-        comparison.take_over_lines(runs / "remedies", path)
-    if document is not None:
-        replace_between(document, *tables.marks("remedies"), remedy_table(read_lines(path)))
-
-
 if __name__ == "__main__":
-    auto_cli([run, write], as_positional=False)
+    auto_cli(run, as_positional=False)

@@ -13,6 +13,7 @@ from benchmarks.documents import between
 from gift.baselines.methods import method_config
 from gift.benchmark.intervals import Estimate, mean_interval
 from gift.benchmark.methods import read_methods, resolve_methods
+from gift.benchmark.runs import SEARCH, folder_of
 from gift.benchmark.suites import SUITES, tries
 from gift.pretrained import SMALL, load_backbone
 from gift.training.finetune import make_model, with_head
@@ -148,6 +149,20 @@ def test_a_run_that_diverged_leaves_the_question_open():
     assert "**Open" in tables.answer_text(lines)
 
 
+def test_the_table_of_tasks_says_where_either_loses_and_how_well_they_fit():
+    lines = primary((91, 50, 50, 80, 80, 40))
+    lines = [line | {"loss": 0.5, "train_loss": 0.25 if line["method"] == LORA else 0.75} for line in lines]
+    rows = tables.table_of_tasks(lines).splitlines()
+    assert rows[0].startswith("| task | lora | gift-paca:r=8 | difference [95 %] |")
+    assert rows[2].startswith("| digits | 90.0 | 91.0 | +1.00 [+")
+    assert rows[3].startswith("| dsprites_loc | 50.0 | 50.0 | ")
+    assert all(row.endswith("| 0.250 / 0.750 | 0.500 / 0.500 |") for row in rows[2:])
+    lines[-1 - 60] |= {"accuracy": None, "train_loss": None}
+    assert "| caltech97 | 40.0 | – | – | 0.250 / – | 0.500 / 0.500 |" in tables.table_of_tasks(lines).splitlines()
+    del lines[-1 - 60]
+    assert "Not finished" in tables.table_of_tasks(lines)
+
+
 def test_ranks_are_compared_over_a_factor_of_four_and_the_seeds_that_all_have():
     assert all(max(sizes) == 4 * min(sizes) for sizes in tables.FAMILIES.values())
     lines = finals(LORA, (70,) * 6) + finals("lora:r=4,lora_alpha=4", (71,) * 6, tables.SEEDS)
@@ -254,20 +269,73 @@ def test_lines_are_taken_over_and_none_is_ever_lost(tmp_path):
     results.mkdir()
     text = "".join(f"{json.dumps(line | {'id': str(number)})}\n" for number, line in enumerate(lines))
     (runs / "comparison" / "runs.jsonl").write_text(text)
+    log = folder_of(lines[0] | {"id": "0"}, runs / "comparison") / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text('{"loss": 2.5}\n{"loss": 0.25}\n{"eval_loss": 1.0}\n')
     document = tmp_path / "document.md"
     start, end = tables.marks("answer")
     document.write_text(f"before\n{start}\nold\n{end}\nafter\n")
     comparison.write(document, None, results, runs, take_over=True)
-    assert (results / "comparison.jsonl").read_text() == text
+    taken = tables.read_results(results)["comparison"]
+    assert [line.pop("train_loss") for line in taken] == [0.25] + [None] * (len(lines) - 1)
+    assert taken == [json.loads(one) for one in text.splitlines()]
     assert between(document, start, end) == tables.answer_text(lines)
     assert not list(tmp_path.glob("*.png"))
+    readme = tmp_path / "README.md"
+    readme.write_text("{}\n{}\n{}\n{}\n".format(*tables.marks("table"), *tables.marks("means")))
+    comparison.write(readme=readme, results=results)
+    assert "| gift-paca:r=8 | 3,481 | 65.0 [" in between(readme, *tables.marks("means"))
+    assert f"![Accuracy against trained parameters]({tables.PICTURE})" in between(readme, *tables.marks("table"))
+    assert (tmp_path / tables.PICTURE).stat().st_size > 5000
     (runs / "comparison" / "runs.jsonl").write_text(text.partition("\n")[2])
     with pytest.raises(ValueError, match=r"lacks 1 runs of .*comparison.jsonl, such as 0, which would be lost: copy"):
         comparison.write(document, None, results, runs, take_over=True)
-    assert (results / "comparison.jsonl").read_text() == text
+    taken = tables.read_results(results)["comparison"]
+    assert [line.pop("train_loss") for line in taken] == [0.25] + [None] * (len(lines) - 1)
+    assert taken == [json.loads(one) for one in text.splitlines()]
     document.write_text("nothing")
     with pytest.raises(ValueError, match="has no place for a table"):
         comparison.write(document, None, results)
+
+
+def remedied(remedy, task, accuracies):
+    return [
+        {"id": f"{task}/{remedy}/{seed}", "task": task, "remedy": remedy, "seed": seed, "accuracy": value}
+        | {"title": f"with {remedy}"}
+        for seed, value in enumerate(accuracies)
+    ]
+
+
+def test_the_table_of_remedies_shows_what_three_seeds_changed_best_first():
+    lines = [line for task in "ab" for line in remedied("none", task, (0.80, 0.81, 0.82))]
+    lines += [*remedied("scaling-4", "a", (0.8, None, 0.8)), *remedied("scaling-4", "b", (0.8, 0.8, 0.8))]
+    lines += [*remedied("worse", "a", (0.80, 0.80, 0.80)), *remedied("worse", "b", (0.80, 0.80, 0.80))]
+    lines += [*remedied("better", "a", (0.83, 0.84, 0.85)), *remedied("better", "b", (0.81, 0.82, 0.83))]
+    assert tables.table_of_remedies(lines).splitlines()[2:] == [
+        "| with none | 81.0 | 81.0 | 81.0 |",
+        "| with better | +3.0 | +1.0 | +2.0 [+2.0, +2.0] |",
+        "| with worse | -1.0 | -1.0 | -1.0 [-2.1, +0.1] |",
+        "| with scaling-4 | – | – | – |",
+    ]
+
+
+def test_every_method_had_as_many_tries_and_the_best_was_taken():
+    for name, lines in tables.read_results(ROOT / "results").items():
+        for task, method in {(line["task"], line["method"]) for line in lines}:
+            own = [line for line in lines if (line["task"], line["method"]) == (task, method)]
+            search, final = ([line for line in own if (line["phase"] == SEARCH) == is_search] for is_search in (1, 0))
+            assert len(search) == comparison.TRIES or not final, (name, task, method)
+            for line in final:
+                tried = [one for one in search if one["accuracy"] is not None]
+                best = min(tried, key=lambda one: (-one["accuracy"], one["loss"], one["learning_rate"]))
+                assert all(line[rate] == best[rate] for rate in ("learning_rate", "weight_decay")), (name, task, method)
+
+
+def test_results_are_of_one_backbone_and_name_no_place_of_a_machine():
+    for name, lines in tables.read_results(ROOT / "results").items():
+        assert len({line["backbone_digest"] for line in lines}) == 1
+        assert not any(line["commit"].endswith("+") for line in lines)
+        assert '"/' not in (ROOT / "results" / f"{name}.jsonl").read_text()
 
 
 def test_documents_show_what_was_measured():

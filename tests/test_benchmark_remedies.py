@@ -88,22 +88,6 @@ def test_end_maps_have_their_own_learning_rate():
             assert rates[id(parameter)] == pytest.approx(0.04 if re.search(r"\.(reduce|recover)\b", name) else 0.01)
 
 
-def line(name, task, seed, accuracy):
-    return {"id": f"{task}/{name}/{seed}", "task": task, "remedy": name, "seed": seed, "accuracy": accuracy}
-
-
-def test_the_table_shows_what_three_seeds_changed():
-    lines = [line("none", task, seed, 0.8 + seed / 100) for task in ("a", "b") for seed in (0, 1, 2)]
-    lines += [line("gain", task, seed, 0.83 + seed / 100) for task in ("a", "b") for seed in (0, 1, 2)]
-    lines += [line("warm-up", "a", seed, 0.8) for seed in (0, 1, 2)] + [line("warm-up", "b", 0, 0.8)]
-    lines += [line("scaling-4", task, seed, None) for task in ("a", "b") for seed in (0, 1, 2)]
-    rows = {row.split(" | ")[0].strip("| "): row for row in remedies.remedy_table(lines).splitlines()}
-    assert rows["nothing changed"].endswith("| 81.0 | 81.0 |  |")
-    assert rows["a learned gain of the assignment, from 1"].endswith("| +3.0 | +3.0 | +3.0 |")
-    assert rows["30 % of warm-up"].endswith("| -1.0 | – |  |")
-    assert rows["scaling 4"].endswith("| – | – |  |")
-
-
 def test_runs_have_the_rates_that_were_best_and_ids_of_their_own(monkeypatch, tmp_path):
     best = {"digits": {"learning_rate": 0.005, "weight_decay": 0.001}}
     monkeypatch.setattr(remedies.tables, "choose", lambda lines: "gift-paca:r=8")

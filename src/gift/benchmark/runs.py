@@ -62,7 +62,7 @@ class Run:
 
     def folder(self, out: Path) -> Path:
         """Return the folder that the training leaves."""
-        return out / "runs" / _as_file(self.task.name) / _as_file(self.method.name) / self.phase / self._tried
+        return folder_of({"task": self.task.name, "method": self.method.name, "phase": self.phase, "id": self.id}, out)
 
     def options(self, out: Path) -> TrainOptions:
         """Return what `gift train` is given."""
@@ -88,6 +88,12 @@ class Run:
         sizes = {"model": config["model"], "epochs": config["epochs"]}
         decided_by = {"config": config, "images_digest": self.task.digest, **self.method.made_of}
         return named | rates | sizes | self.search | decided_by
+
+
+def folder_of(line: Line, out: Path) -> Path:
+    """Return the folder that the training of a line leaves in the folder of a benchmark."""
+    tried = line["id"].rpartition("/")[2]
+    return out / "runs" / _as_file(line["task"]) / _as_file(line["method"]) / line["phase"] / tried
 
 
 def _as_file(name: str) -> str:
