@@ -160,8 +160,8 @@ def table_of_tasks(lines: Sequence[Line]) -> str:
         pair = [[line for line in tests if (line["method"], line["task"]) == (n, task)] for n in (LORA, found.chosen)]
         shown = [_mean_of(own, field) for field in ("accuracy", "train_loss", "loss") for own in pair]
         change = _points(difference(lines, found.chosen, LORA, (task,)))
-        accuracies = ["–" if value is None else f"{100 * value:.1f}" for value in shown[:2]]
-        losses = ["–" if value is None else f"{value:.3f}" for value in shown[2:]]
+        accuracies = [NOTHING if value is None else f"{100 * value:.1f}" for value in shown[:2]]
+        losses = [NOTHING if value is None else f"{value:.3f}" for value in shown[2:]]
         rows.append([task, *accuracies, change, " / ".join(losses[:2]), " / ".join(losses[2:])])
     head = ["task", *(titles[name] for name in (LORA, found.chosen)), "difference [95 %]"]
     return table([*head, "loss in training, LoRA / GIFT", "on test images, LoRA / GIFT"], rows)
@@ -257,12 +257,14 @@ def table_of_remedies(lines: Sequence[Line]) -> str:
     titles = {line["remedy"]: line["title"] for line in lines}
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     unchanged = [_by_seed(lines, UNCHANGED, task) for task in tasks]
+    if not all(unchanged):
+        return "Not finished: runs without a remedy are missing."
     cells = [f"{mean(one.values()):.1f}" for one in unchanged]
     rows = [(0.0, [titles.pop(UNCHANGED), *cells, f"{mean(mean(one.values()) for one in unchanged):.1f}"])]
     for name, title in titles.items():
         own = [_by_seed(lines, name, task) for task in tasks]
         if any(a.keys() != b.keys() for a, b in zip(own, unchanged, strict=True)):
-            rows.append((-101.0, [title, *[NOTHING] * len(tasks), NOTHING]))
+            rows.append((float("-inf"), [title, *[NOTHING] * len(tasks), NOTHING]))
             continue
         changes = [mean(a.values()) - mean(b.values()) for a, b in zip(own, unchanged, strict=True)]
         whole = _points(paired_interval(own, unchanged, LEVEL), 1)
