@@ -25,6 +25,7 @@ from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import comparison_tables as tables
+from benchmarks.comparison_documents import read_results, write_tables
 from gift.benchmark.benchmark import run_benchmark
 from gift.benchmark.options import BenchmarkOptions
 from gift.benchmark.plan import describe_plan, plan_benchmark
@@ -160,7 +161,7 @@ def write(
         if (runs / name).exists():
             take_over_lines(runs / name, results / f"{name}.jsonl")
     for path in filter(None, (document, readme)):
-        tables.write_tables(path, tables.read_results(results))
+        write_tables(path, read_results(results))
 
 
 def take_over_lines(folder: Path, path: Path) -> None:

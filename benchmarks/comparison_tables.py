@@ -1,20 +1,13 @@
-"""What the lines of `benchmarks/comparison.py` come to: the primary question, ranks, ablations, tables of documents."""
+"""What the lines of `benchmarks/comparison.py` come to: the primary question, tasks, ranks and ablations."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.documents import replace_between
 from gift.benchmark.intervals import LEVEL, Estimate, paired_interval
-from gift.benchmark.outcome import summary_of
-from gift.benchmark.plots import draw_pareto
-from gift.benchmark.record import read_lines
 from gift.benchmark.runs import TEST
-from gift.benchmark.summary import Summary
-from gift.benchmark.tables import NOTHING, markdown, table
+from gift.benchmark.tables import NOTHING, table
 from gift.benchmark.validation import Searched, read_searches
 
 Line = Mapping[str, Any]
@@ -33,7 +26,6 @@ FAMILIES = {
 }
 
 ABLATED_ON = ("digits", "rendered_flowers", "flowers17")
-UNCHANGED = "none"  # name of the remedy that changes nothing
 MATTERS, MOST_TESTED = 1.5, 8  # points on validation images from which an ablation is tested; how many are
 
 
@@ -132,13 +124,14 @@ def answer_text(lines: Sequence[Line]) -> str:
         *(line["trained_parameters_without_head"] or 0 for line in (chosen, reference))
     )
     said = {"yes": "Yes", "no": "No", "open": f"Open: {len(PRIMARY_SEEDS)} seeds do not tell"}[found.verdict]
-    text = f"**{said}.** {chosen['title']}, {sizes}: {_points(found.difference)} on the mean of {len(TASKS)} tasks"
+    text = f"**{said}.** {chosen['title']}, {sizes}: {points(found.difference)} on the mean of {len(TASKS)} tasks"
     if found.without_sprites is None:
         return f"{text}."
-    return f"{text}, {_points(found.without_sprites)} without dSprites, which LoRA barely learns."
+    return f"{text}, {points(found.without_sprites)} without dSprites, which LoRA barely learns."
 
 
-def _points(estimate: Estimate | None, digits: int = 2, sign: str = "+") -> str:
+def points(estimate: Estimate | None, digits: int = 2, sign: str = "+") -> str:
+    """Return a figure in points and, in brackets, its interval."""
     if estimate is None:
         return NOTHING
     shown = [f"{value:{sign}.{digits}f}" for value in (estimate.mean, estimate.low, estimate.high) if value is not None]
@@ -159,7 +152,7 @@ def table_of_tasks(lines: Sequence[Line]) -> str:
     for task in TASKS:
         pair = [[line for line in tests if (line["method"], line["task"]) == (n, task)] for n in (LORA, found.chosen)]
         shown = [_mean_of(own, field) for field in ("accuracy", "train_loss", "loss") for own in pair]
-        change = _points(difference(lines, found.chosen, LORA, (task,)))
+        change = points(difference(lines, found.chosen, LORA, (task,)))
         accuracies = [NOTHING if value is None else f"{100 * value:.1f}" for value in shown[:2]]
         losses = [NOTHING if value is None else f"{value:.3f}" for value in shown[2:]]
         rows.append([task, *accuracies, change, " / ".join(losses[:2]), " / ".join(losses[2:])])
@@ -180,7 +173,7 @@ def table_of_ranks(lines: Sequence[Line]) -> str:
         known = [value for value in means.values() if value is not None]
         shown = ", ".join(f"{rank}: {NOTHING if value is None else f'{value:.1f}'}" for rank, value in means.items())
         spread = f"{max(known) - min(known):.1f}" if len(known) == len(means) else NOTHING
-        rows.append([family, shown, spread, _points(difference(lines, sizes[max(sizes)], sizes[min(sizes)], TASKS), 1)])
+        rows.append([family, shown, spread, points(difference(lines, sizes[max(sizes)], sizes[min(sizes)], TASKS), 1)])
     head = ["method", f"mean of {len(TASKS)} tasks in %, by r", "best less worst", "largest less smallest r [95 %]"]
     return table(head, rows)
 
@@ -243,103 +236,10 @@ def _tested(lines: Sequence[Line], method: str, strict: float) -> str:
     strictly = difference(lines, method, DEFAULT, ABLATED_ON, strict)
     is_other = strictly is not None and strictly.low is not None and strictly.high is not None
     is_other = is_other and not strictly.low <= 0 <= strictly.high  # type: ignore[union-attr,operator]
-    return _points(difference(lines, method, DEFAULT, ABLATED_ON)) + (" *" if is_other else "")
+    return points(difference(lines, method, DEFAULT, ABLATED_ON)) + (" *" if is_other else "")
 
 
 def _in_words(method: str) -> str:
     if method == DEFAULT:
         return "nothing changed"
     return method.removeprefix(f"{DEFAULT}:").replace("gift-linear", "generator=linear").removeprefix("gift:")
-
-
-def table_of_remedies(lines: Sequence[Line]) -> str:
-    """Return how much better each remedy is than none on validation images, by task and on the mean over tasks."""
-    titles = {line["remedy"]: line["title"] for line in lines}
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
-    unchanged = [_by_seed(lines, UNCHANGED, task) for task in tasks]
-    if not all(unchanged):
-        return "Not finished: runs without a remedy are missing."
-    cells = [f"{mean(one.values()):.1f}" for one in unchanged]
-    rows = [(0.0, [titles.pop(UNCHANGED), *cells, f"{mean(mean(one.values()) for one in unchanged):.1f}"])]
-    for name, title in titles.items():
-        own = [_by_seed(lines, name, task) for task in tasks]
-        if any(a.keys() != b.keys() for a, b in zip(own, unchanged, strict=True)):
-            rows.append((float("-inf"), [title, *[NOTHING] * len(tasks), NOTHING]))
-            continue
-        changes = [mean(a.values()) - mean(b.values()) for a, b in zip(own, unchanged, strict=True)]
-        whole = _points(paired_interval(own, unchanged, LEVEL), 1)
-        rows.append((mean(changes), [title, *[f"{change:+.1f}" for change in changes], whole]))
-    rows[1:] = sorted(rows[1:], key=lambda row: -row[0])
-    return table(["validation", *tasks, "mean [95 %]"], [row for _, row in rows])
-
-
-def _by_seed(lines: Sequence[Line], remedy: str, task: str) -> dict[int, float]:
-    """Return accuracies in %, without those of runs that diverged."""
-    own = [line for line in lines if (line["remedy"], line["task"]) == (remedy, task)]
-    return {line["seed"]: 100 * line["accuracy"] for line in own if line["accuracy"] is not None}
-
-
-# ---- documents -------------------------------------------------------------------------------------------------------
-
-
-def read_results(results: Path) -> dict[str, list[Line]]:
-    """Return the lines that lie in the repository, by the name of their file."""
-    names = ("comparison", "ablations", "remedies")
-    return {name: [*read_lines(path)] for name in names if (path := results / f"{name}.jsonl").exists()}
-
-
-def marks(name: str) -> tuple[str, str]:
-    """Return the lines between which a part of a document stands."""
-    return f"<!-- {name}: benchmarks/comparison.py write -->", f"<!-- end of {name} -->"
-
-
-def texts(lines: Mapping[str, Sequence[Line]]) -> dict[str, str]:
-    """Return what documents show, by the name of the part."""
-    found: dict[str, str] = {}
-    if "comparison" in lines:
-        summary = summary_of(lines["comparison"])
-        found = {"answer": answer_text(lines["comparison"]), "ranks": table_of_ranks(lines["comparison"])}
-        found["tasks"] = table_of_tasks(lines["comparison"])
-        found |= {"table": all_tables(summary), "means": table_of_means(summary, lines["comparison"])}
-    if "ablations" in lines:
-        found["ablations"] = table_of_ablations(lines["ablations"])
-    if "remedies" in lines:
-        found["remedies"] = table_of_remedies(lines["remedies"])
-    return found
-
-
-PICTURE = "benchmarks-comparison.png"  # beside the document that has the table
-
-
-def all_tables(summary: Summary) -> str:
-    """Return the tables of `gift benchmark`, one level below a document's own headings, and the plot."""
-    tables = re.sub(r"^##", "###", markdown(summary), flags=re.MULTILINE)
-    return f"{tables}\n![Accuracy against trained parameters]({PICTURE})\n"
-
-
-def table_of_means(summary: Summary, lines: Sequence[Line]) -> str:
-    """Return the means over tasks alone: of every method in its usual size, and of the size that was chosen."""
-    reference = next((row.title for row in summary.rows if row.method == summary.reference), "")
-    found = answer(lines)
-    aside = {name for sizes in FAMILIES.values() for name in sizes.values()} | {"lora:r=1,lora_alpha=1"}
-    aside -= {LORA, DEFAULT, "gift-linear", found.chosen if found else DEFAULT}
-    rows = []
-    for row in (row for row in summary.rows if row.method not in aside):
-        score = row.scores[summary.mean]
-        rows.append([row.title, f"{row.parameters:,}", _points(score.accuracy, 1, ""), _points(score.difference, 1)])
-    return table(["", "trained without head", f"{summary.mean.title}, %", f"less that of {reference} [95 %]"], rows)
-
-
-def write_tables(document: Path, lines: Mapping[str, Sequence[Line]]) -> None:
-    """Write the parts that a document has places for, and the plot beside the one that has the table.
-
-    Raises:
-        ValueError: If it has a place for none.
-    """
-    found = {name: text for name, text in texts(lines).items() if marks(name)[0] in document.read_text()}
-    if not found:
-        raise ValueError(f"{document} has no place for a table: a line {marks('table')[0]!r}, say.")
-    for name, text in found.items():
-        replace_between(document, *marks(name), text)
-    if "table" in found:
-        draw_pareto(summary_of(lines["comparison"]), document.with_name(PICTURE))

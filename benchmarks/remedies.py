@@ -3,9 +3,9 @@
     python benchmarks/remedies.py --tasks digits,flowers17 --data runs/data --photos runs/data/photos
 
 Each is the chosen size of GIFT with one change, with the learning rate and weight decay that were best for it on the
-task, on three seeds. Changes that are no options of GIFT are made here, to a subclass of its generator or to the
-optimizer: only what helps belongs into the package. Killed, it goes on where it was; `--workers` trainings at once.
-`benchmarks/comparison.py write` makes the table.
+task, on three seeds; what helps is tested on all tasks, on five. Changes that are no options of GIFT are made here, to
+a subclass of its generator or to the optimizer: only what helps belongs into the package. Killed, it goes on where it
+was; `--workers` trainings at once. `benchmarks/comparison.py write` makes the table.
 """
 
 import sys
@@ -24,16 +24,15 @@ from jsonargparse import auto_cli
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import comparison
+from benchmarks import comparison, remedy_tables
 from benchmarks import comparison_tables as tables
 from gift.benchmark.benchmark import planned_searches
 from gift.benchmark.methods import read_methods, resolve_methods
 from gift.benchmark.perform import perform
 from gift.benchmark.record import Record, locked, read_lines
-from gift.benchmark.runs import Line, Run
+from gift.benchmark.runs import SEARCH, TEST, Line, Run, final_runs
 from gift.benchmark.suites import SUITES
 from gift.benchmark.tasks import open_tasks
-from gift.benchmark.validation import read_searches
 from gift.pretrained import SMALL
 from gift.training import finetune
 from gift.training.loop import make_optimizer
@@ -124,7 +123,7 @@ def _end_maps_times(factor: float) -> Iterator[None]:
 
 
 REMEDIES = {
-    tables.UNCHANGED: Remedy("nothing changed"),
+    remedy_tables.UNCHANGED: Remedy("nothing changed"),
     "recover-0.001": Remedy("recovery starts with deviation 0.001", change=lambda: _generator(starting_at(0.001))),
     "recover-0.01": Remedy("recovery starts with deviation 0.01", change=lambda: _generator(starting_at(0.01))),
     "ends-0.25": Remedy("reduction and recovery with 1/4 of the learning rate", change=lambda: _end_maps_times(0.25)),
@@ -145,20 +144,31 @@ REMEDIES = {
 
 def runs_of(place: comparison.Place, tasks: Sequence[str], lines: Sequence[Line]) -> dict[str, tuple[str, Run]]:
     """Return by id the remedy and the run of every remedy, task and seed; `lines` are those of the comparison."""
-    chosen = tables.choose(lines)
-    best = next(one.best for one in read_searches(lines) if one.method == chosen)
-    (method,) = resolve_methods(read_methods([chosen], SUITES["offline"].protocol), SMALL)
-    options = place.benchmark("remedies", [chosen], tasks=tasks, search_only=True)
-    drawn = [name for name in tasks if name not in comparison.PHOTOS]
     found: dict[str, tuple[str, Run]] = {}
     for seed in SEEDS:
-        opened = open_tasks("offline", drawn, list(options.folders), options.data, seed)
-        planned = {run.task.name: run for run in planned_searches(options, opened, [method])}
-        for (task, run), (name, remedy) in product(planned.items(), REMEDIES.items()):
-            rates = {rate: best[task][rate] for rate in ("learning_rate", "weight_decay")}
-            changed = replace(run, method=_changed(method, name, remedy), seed=seed, **rates)
-            found[f"{task}/{name}/seed={seed}"] = (name, changed)
+        for run, (name, remedy) in product(_best_of_searches(place, tasks, lines, (seed,)), REMEDIES.items()):
+            changed = replace(run, phase=SEARCH, method=_changed(run.method, name, remedy))
+            found[f"{run.task.name}/{name}/seed={seed}"] = (name, changed)
     return found
+
+
+def tests_of(place: comparison.Place, names: Sequence[str], lines: Sequence[Line]) -> dict[str, tuple[str, Run]]:
+    """Return by id the remedy and the run of every test of some remedies, on all tasks."""
+    runs = _best_of_searches(place, tables.TASKS, lines, tables.SEEDS)
+    changed = [(n, replace(run, method=_changed(run.method, n, REMEDIES[n]))) for run, n in product(runs, names)]
+    return {f"{run.task.name}/{name}/{TEST}/seed={run.seed}": (name, run) for name, run in changed}
+
+
+def _best_of_searches(
+    place: comparison.Place, tasks: Sequence[str], lines: Sequence[Line], seeds: Sequence[int]
+) -> list[Run]:
+    """Return the tests of the chosen size with what was best for it on every task; the first seed draws validation."""
+    chosen = tables.choose(lines)
+    methods = resolve_methods(read_methods([chosen], SUITES["offline"].protocol), SMALL)
+    options = place.benchmark("remedies", [chosen], tasks=tasks)
+    drawn = [name for name in tasks if name not in comparison.PHOTOS]
+    opened = open_tasks("offline", drawn, list(options.folders), options.data, seeds[0])
+    return final_runs(planned_searches(options, opened, methods), {line["id"]: line for line in lines}, seeds)
 
 
 def _changed(method: Any, name: str, remedy: Remedy) -> Any:
@@ -174,6 +184,18 @@ def do(name: str, run: Run, out: Path) -> Line:
         return perform(run, out / f"seed={run.seed}")
 
 
+def _do_all(planned: Mapping[str, tuple[str, Run]], record: Record, out: Path, workers: int) -> None:
+    """Do the runs that have no line yet."""
+    left = {key: it for key, it in planned.items() if key not in record.lines}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(do, name, it, out): (key, name) for key, (name, it) in left.items()}
+        for count, future in enumerate(as_completed(waiting), 1):
+            key, name = waiting[future]
+            line = future.result() | {"id": key, "remedy": name}
+            record.add(line)
+            print(f"[{count} of {len(left)}] {key}: {line['accuracy']}", flush=True)
+
+
 def run(
     tasks: str,
     data: Path = Path("runs/data"),
@@ -181,7 +203,7 @@ def run(
     runs: Path = Path("runs"),
     workers: int = 2,
 ) -> None:
-    """Run every remedy on some tasks, or go on with it.
+    """Run every remedy on some tasks, then test on all what helps; or go on with it.
 
     Args:
         tasks: Where GIFT lost, and others to see harm, with commas between.
@@ -190,17 +212,16 @@ def run(
         runs: Folder of the folders of the benchmarks; the comparison is in one of them.
         workers: Number of trainings at once.
     """
-    place, out = comparison.Place(data, photos, runs), runs / "remedies"
-    planned = runs_of(place, tasks.split(","), read_lines(runs / "comparison"))
-    with locked(out), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    place, out, lines = comparison.Place(data, photos, runs), runs / "remedies", read_lines(runs / "comparison")
+    where_lost = remedy_tables.lost(lines)
+    if missing := set(where_lost) - set(tasks.split(",")):
+        raise ValueError(f"GIFT loses on {', '.join(sorted(missing))} too: name it in --tasks, which has {tasks}.")
+    with locked(out):
         record = Record(out)
-        left = {key: it for key, it in planned.items() if key not in record.lines}
-        waiting = {pool.submit(do, name, it, out): (key, name) for key, (name, it) in left.items()}
-        for count, future in enumerate(as_completed(waiting), 1):
-            key, name = waiting[future]
-            line = future.result() | {"id": key, "remedy": name}
-            record.add(line)
-            print(f"[{count} of {len(left)}] {key}: {line['accuracy']}", flush=True)
+        _do_all(runs_of(place, tasks.split(","), lines), record, out, workers)
+        tested = remedy_tables.to_test(list(record.lines.values()), where_lost)
+        print(f"tested: {', '.join(tested) or 'none'}", flush=True)
+        _do_all(tests_of(place, tested, lines), record, out, workers)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import comparison
+from benchmarks import comparison_documents as documents
 from benchmarks import comparison_tables as tables
 from benchmarks.documents import between
 from gift.baselines.methods import method_config
@@ -19,46 +20,10 @@ from gift.pretrained import SMALL, load_backbone
 from gift.training.finetune import make_model, with_head
 from gift.training.options import TrainOptions
 from gift.training.train import finetune_options
-from tests.benchmark import result
+from tests.comparison import CHOSEN, LORA, SIZES, finals, primary, searched
 
 ROOT = Path(__file__).parents[1]
 PLAN = " ".join((ROOT / "docs" / "plan-of-comparison.md").read_text().split())
-SIZES = {"lora": 16_384, "gift-paca": 7_889, "gift-paca:r=8": 3_481, "gift-paca:r=4": 1_661}
-LORA, CHOSEN = "lora", "gift-paca:r=8"
-
-
-def searched(method, accuracies, tasks=tables.TASKS, parameters=None):
-    """Return four tries of every task, of which the second is best."""
-    return [
-        result(
-            *(task, method, 100, None if accuracy is None else accuracy - (0 if index == 1 else 0.01)),
-            **{"phase": "search", "tries": 4, "learning_rate": (index + 1) / 1000},
-            trained_parameters_without_head=parameters or SIZES.get(method, 5000),
-        )
-        for task, accuracy in zip(tasks, accuracies, strict=True)
-        for index in range(4)
-    ]
-
-
-def finals(method, means, seeds=tables.PRIMARY_SEEDS, tasks=tables.TASKS):
-    """Return tests around a mean in % for every task, spread by noise of each method's own."""
-    noise = np.random.default_rng(sum(map(ord, method))).normal(0, 0.4, (len(tasks), len(seeds)))
-    noise -= noise.mean(axis=1, keepdims=True)
-    return [
-        result(
-            *(task, method, seed, float(mean + noise[row, column]) / 100),
-            title=method,
-            trained_parameters_without_head=SIZES.get(method, 5000),
-        )
-        for row, (task, mean) in enumerate(zip(tasks, means, strict=True))
-        for column, seed in enumerate(seeds)
-    ]
-
-
-def primary(gift=(90, 50, 50, 80, 80, 40), lora=(90, 50, 50, 80, 80, 40)):
-    lines = searched("lora", [0.5] * 6) + searched("gift-paca", [0.5] * 6)
-    lines += searched("gift-paca:r=4", [0.6] + [0.4] * 5) + searched(CHOSEN, [0.8] + [0.5] * 5)
-    return lines + finals(LORA, lora) + finals(CHOSEN, gift) + finals("gift-paca", (99,) * 6)
 
 
 def test_the_size_is_chosen_on_validation_images_among_those_with_a_third_of_the_parameters():
@@ -273,24 +238,24 @@ def test_lines_are_taken_over_and_none_is_ever_lost(tmp_path):
     log.parent.mkdir(parents=True)
     log.write_text('{"loss": 2.5}\n{"loss": 0.25}\n{"eval_loss": 1.0}\n')
     document = tmp_path / "document.md"
-    start, end = tables.marks("answer")
+    start, end = documents.marks("answer")
     document.write_text(f"before\n{start}\nold\n{end}\nafter\n")
     comparison.write(document, None, results, runs, take_over=True)
-    taken = tables.read_results(results)["comparison"]
+    taken = documents.read_results(results)["comparison"]
     assert [line.pop("train_loss") for line in taken] == [0.25] + [None] * (len(lines) - 1)
     assert taken == [json.loads(one) for one in text.splitlines()]
     assert between(document, start, end) == tables.answer_text(lines)
     assert not list(tmp_path.glob("*.png"))
     readme = tmp_path / "README.md"
-    readme.write_text("{}\n{}\n{}\n{}\n".format(*tables.marks("table"), *tables.marks("means")))
+    readme.write_text("{}\n{}\n{}\n{}\n".format(*documents.marks("table"), *documents.marks("means")))
     comparison.write(readme=readme, results=results)
-    assert "| gift-paca:r=8 | 3,481 | 65.0 [" in between(readme, *tables.marks("means"))
-    assert f"![Accuracy against trained parameters]({tables.PICTURE})" in between(readme, *tables.marks("table"))
-    assert (tmp_path / tables.PICTURE).stat().st_size > 5000
+    assert "| gift-paca:r=8 | 3,481 | 65.0 [" in between(readme, *documents.marks("means"))
+    assert f"![Accuracy against trained parameters]({documents.PICTURE})" in between(readme, *documents.marks("table"))
+    assert (tmp_path / documents.PICTURE).stat().st_size > 5000
     (runs / "comparison" / "runs.jsonl").write_text(text.partition("\n")[2])
     with pytest.raises(ValueError, match=r"lacks 1 runs of .*comparison.jsonl, such as 0, which would be lost: copy"):
         comparison.write(document, None, results, runs, take_over=True)
-    taken = tables.read_results(results)["comparison"]
+    taken = documents.read_results(results)["comparison"]
     assert [line.pop("train_loss") for line in taken] == [0.25] + [None] * (len(lines) - 1)
     assert taken == [json.loads(one) for one in text.splitlines()]
     document.write_text("nothing")
@@ -298,30 +263,10 @@ def test_lines_are_taken_over_and_none_is_ever_lost(tmp_path):
         comparison.write(document, None, results)
 
 
-def remedied(remedy, task, accuracies):
-    return [
-        {"id": f"{task}/{remedy}/{seed}", "task": task, "remedy": remedy, "seed": seed, "accuracy": value}
-        | {"title": f"with {remedy}"}
-        for seed, value in enumerate(accuracies)
-    ]
-
-
-def test_the_table_of_remedies_shows_what_three_seeds_changed_best_first():
-    lines = [line for task in "ab" for line in remedied("none", task, (0.80, 0.81, 0.82))]
-    lines += [*remedied("scaling-4", "a", (0.8, None, 0.8)), *remedied("scaling-4", "b", (0.8, 0.8, 0.8))]
-    lines += [*remedied("worse", "a", (0.80, 0.80, 0.80)), *remedied("worse", "b", (0.80, 0.80, 0.80))]
-    lines += [*remedied("better", "a", (0.83, 0.84, 0.85)), *remedied("better", "b", (0.81, 0.82, 0.83))]
-    assert tables.table_of_remedies(lines).splitlines()[2:] == [
-        "| with none | 81.0 | 81.0 | 81.0 |",
-        "| with better | +3.0 | +1.0 | +2.0 [+2.0, +2.0] |",
-        "| with worse | -1.0 | -1.0 | -1.0 [-2.1, +0.1] |",
-        "| with scaling-4 | – | – | – |",
-    ]
-    assert "Not finished" in tables.table_of_remedies([line for line in lines if line["id"][:6] != "a/none"])
-
-
 def test_every_method_had_as_many_tries_and_the_best_was_taken():
-    for name, lines in tables.read_results(ROOT / "results").items():
+    for name, lines in documents.read_results(ROOT / "results").items():
+        if name == "remedies":  # which have the rates of the comparison
+            continue
         for task, method in {(line["task"], line["method"]) for line in lines}:
             own = [line for line in lines if (line["task"], line["method"]) == (task, method)]
             search, final = ([line for line in own if (line["phase"] == SEARCH) == is_search] for is_search in (1, 0))
@@ -333,19 +278,19 @@ def test_every_method_had_as_many_tries_and_the_best_was_taken():
 
 
 def test_results_are_of_one_backbone_and_name_no_place_of_a_machine():
-    for name, lines in tables.read_results(ROOT / "results").items():
+    for name, lines in documents.read_results(ROOT / "results").items():
         assert len({line["backbone_digest"] for line in lines}) == 1
         assert not any(line["commit"].endswith("+") for line in lines)
         assert '"/' not in (ROOT / "results" / f"{name}.jsonl").read_text()
 
 
 def test_documents_show_what_was_measured():
-    lines = tables.read_results(ROOT / "results")
-    documents = [ROOT / "docs" / "benchmarks.md", ROOT / "README.md"]
-    for name, text in tables.texts(lines).items():
+    lines = documents.read_results(ROOT / "results")
+    files = [ROOT / "docs" / "benchmarks.md", ROOT / "README.md"]
+    for name, text in documents.texts(lines).items():
         shown = [
-            between(document, *tables.marks(name))
-            for document in documents
-            if tables.marks(name)[0] in document.read_text()
+            between(document, *documents.marks(name))
+            for document in files
+            if documents.marks(name)[0] in document.read_text()
         ]
         assert shown == [text.strip()], name
