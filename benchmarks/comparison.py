@@ -165,13 +165,17 @@ def write(
 
 
 def take_over_lines(folder: Path, path: Path) -> None:
-    """Write the lines of a benchmark into a file of the repository, with losses; none that is there is ever lost."""
-    lines = [{**line, "train_loss": _train_loss(folder_of(line, folder))} for line in read_lines(folder)]
-    lost = {line["id"] for line in read_lines(path)} - {line["id"] for line in lines} if path.exists() else set()
-    if lost:
+    """Write the lines of a benchmark into a file of the repository, with losses; none that is there is ever lost.
+
+    That of the remedies has a folder for every seed.
+    """
+    folders = sorted(folder.glob("seed=*")) or [folder]
+    lines = [{**line, "train_loss": _train_loss(folder_of(line, one))} for one in folders for line in read_lines(one)]
+    had = {(line["id"], line["seed"]) for line in read_lines(path)} if path.exists() else set()
+    if lost := had - {(line["id"], line["seed"]) for line in lines}:
         raise ValueError(
-            f"{folder} lacks {len(lost)} runs of {path}, such as {min(lost)}, which would be lost: copy {path} to "
-            f"{folder / 'runs.jsonl'}, and go on with the runs from there."
+            f"{folder} lacks {len(lost)} runs of {path}, such as {min(lost)[0]}, which would be lost: put these "
+            f"back into runs.jsonl of {folder}, and go on with the runs from there."
         )
     write_file(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 

@@ -69,14 +69,17 @@ def choose(lines: Sequence[Line]) -> str:
 def difference(
     lines: Sequence[Line], method: str, reference: str, tasks: Sequence[str], level: float = LEVEL
 ) -> Estimate | None:
-    """Return the difference of two methods over tasks in points, seed by seed; None if a run is missing or diverged."""
+    """Return the difference of two methods over tasks in points, seed by seed; None if a run is missing or diverged.
+
+    Five seeds are needed; of more, those count that both have.
+    """
 
     def accuracies(name: str, task: str) -> dict[int, float | None]:
         own = [line for line in lines if (line["phase"], line["method"], line["task"]) == (TEST, name, task)]
         return {line["seed"]: None if line["accuracy"] is None else 100.0 * line["accuracy"] for line in own}
 
     ours, theirs = ([accuracies(name, task) for task in tasks] for name in (method, reference))
-    if any(None in one.values() or not one for one in (*ours, *theirs)):
+    if any(None in one.values() or not set(SEEDS) <= one.keys() for one in (*ours, *theirs)):
         return None
     return paired_interval(ours, theirs, level)  # type: ignore[arg-type]
 
@@ -174,7 +177,12 @@ def table_of_ranks(lines: Sequence[Line]) -> str:
         shown = ", ".join(f"{rank}: {NOTHING if value is None else f'{value:.1f}'}" for rank, value in means.items())
         spread = f"{max(known) - min(known):.1f}" if len(known) == len(means) else NOTHING
         rows.append([family, shown, spread, points(difference(lines, sizes[max(sizes)], sizes[min(sizes)], TASKS), 1)])
-    head = ["method", f"mean of {len(TASKS)} tasks in %, by r", "best less worst", "largest less smallest r [95 %]"]
+    head = [
+        "method",
+        f"mean of {len(TASKS)} tasks in % (seeds 0 to {SEEDS[-1]}), by r",
+        "best less worst",
+        "largest less smallest r [95 %]",
+    ]
     return table(head, rows)
 
 
@@ -196,7 +204,9 @@ def that_matter(lines: Sequence[Line], ablations: Iterable[str], always: Sequenc
     unfinished = [n for n in (DEFAULT, *ablations) if n not in searches or set(searches[n].tried) != set(ABLATED_ON)]
     if unfinished:
         raise ValueError(f"The screening is not finished, of {', '.join(unfinished)}.")
-    changes = {name: abs(change) for name, change in _changes(searches.values()).items() if change is not None}
+    changes = {
+        name: round(abs(change), 6) for name, change in _changes(searches.values()).items() if change is not None
+    }
     largest = sorted((name for name in changes if changes[name] >= MATTERS), key=lambda name: -changes[name])
     return [*[name for name in largest if name not in always][:MOST_TESTED], *always]
 

@@ -1,6 +1,6 @@
 """Remedies for where GIFT loses, tried on validation images as docs/plan-of-comparison.md says.
 
-    python benchmarks/remedies.py --tasks digits,flowers17 --data runs/data --photos runs/data/photos
+    python benchmarks/remedies.py --data runs/data --photos runs/data/photos
 
 Each is the chosen size of GIFT with one change, with the learning rate and weight decay that were best for it on the
 task, on three seeds; what helps is tested on all tasks, on five. Changes that are no options of GIFT are made here, to
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import product
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import comparison, remedy_tables
 from benchmarks import comparison_tables as tables
 from gift.benchmark.benchmark import planned_searches
-from gift.benchmark.methods import read_methods, resolve_methods
-from gift.benchmark.perform import perform
+from gift.benchmark.methods import BenchmarkMethod, read_methods, resolve_methods
+from gift.benchmark.perform import forget_weights, perform
 from gift.benchmark.record import Record, locked, read_lines
-from gift.benchmark.runs import SEARCH, TEST, Line, Run, final_runs
+from gift.benchmark.runs import SEARCH, SEARCH_SEED, Line, Run, final_runs
 from gift.benchmark.suites import SUITES
 from gift.benchmark.tasks import open_tasks
 from gift.pretrained import SMALL
@@ -39,7 +39,7 @@ from gift.training.loop import make_optimizer
 from gift.tuner import model as tuner
 from gift.tuner.generator import WeightGenerator
 
-SEEDS = (101, 102, 103)
+SEEDS, OTHERS = remedy_tables.SEEDS, 2
 END_MAPS = ("reduce", "recover")
 
 
@@ -92,15 +92,15 @@ class OfUnitWeights(WeightGenerator):
 
 
 class ScaledPerLayer(WeightGenerator):
-    """Generators with a learned factor for every layer, one at the start."""
+    """Generators with a learned factor for every layer, one at the start; a single layer, as in merging, has none."""
 
     def calibrate(self, weights: Sequence[Any]) -> None:
         super().calibrate(weights)
-        self.scales = nn.Parameter(torch.ones(len(weights), 1, 1, dtype=self.recover.dtype, device=self.recover.device))
+        self.scales = nn.Parameter(torch.ones(len(weights), dtype=self.recover.dtype, device=self.recover.device))
 
     def _tokens_to_left(self, tokens: Any) -> Any:
         left, assignments = super()._tokens_to_left(tokens)
-        return left * self.scales, assignments
+        return left * self.scales[:, None, None], assignments
 
 
 @contextmanager
@@ -142,86 +142,112 @@ REMEDIES = {
 }
 
 
-def runs_of(place: comparison.Place, tasks: Sequence[str], lines: Sequence[Line]) -> dict[str, tuple[str, Run]]:
-    """Return by id the remedy and the run of every remedy, task and seed; `lines` are those of the comparison."""
-    found: dict[str, tuple[str, Run]] = {}
+def runs_of(place: comparison.Place, tasks: Sequence[str], lines: Sequence[Line]) -> list[Run]:
+    """Return a run of every remedy, task and seed; `lines` are those of the comparison."""
+    chosen, found = _chosen(lines), []
     for seed in SEEDS:
-        for run, (name, remedy) in product(_best_of_searches(place, tasks, lines, (seed,)), REMEDIES.items()):
-            changed = replace(run, phase=SEARCH, method=_changed(run.method, name, remedy))
-            found[f"{run.task.name}/{name}/seed={seed}"] = (name, changed)
+        for run in _best_of_searches(place, chosen, tasks, lines, (seed,), validation_of=seed):
+            found += [replace(run, phase=SEARCH, method=changed(chosen.name, name)) for name in REMEDIES]
     return found
 
 
-def tests_of(place: comparison.Place, names: Sequence[str], lines: Sequence[Line]) -> dict[str, tuple[str, Run]]:
-    """Return by id the remedy and the run of every test of some remedies, on all tasks."""
-    runs = _best_of_searches(place, tables.TASKS, lines, tables.SEEDS)
-    changed = [(n, replace(run, method=_changed(run.method, n, REMEDIES[n]))) for run, n in product(runs, names)]
-    return {f"{run.task.name}/{name}/{TEST}/seed={run.seed}": (name, run) for name, run in changed}
+def tests_of(place: comparison.Place, names: Sequence[str], lines: Sequence[Line]) -> list[Run]:
+    """Return the tests of some remedies, on all tasks."""
+    chosen = _chosen(lines)
+    runs = _best_of_searches(place, chosen, tables.TASKS, lines, tables.SEEDS, validation_of=SEARCH_SEED)
+    return [replace(run, method=changed(chosen.name, name)) for name in names for run in runs]
+
+
+def _chosen(lines: Sequence[Line]) -> BenchmarkMethod:
+    (method,) = resolve_methods(read_methods([tables.choose(lines)], SUITES["offline"].protocol), SMALL)
+    return method
 
 
 def _best_of_searches(
-    place: comparison.Place, tasks: Sequence[str], lines: Sequence[Line], seeds: Sequence[int]
+    place: comparison.Place,
+    method: BenchmarkMethod,
+    tasks: Sequence[str],
+    lines: Sequence[Line],
+    seeds: Sequence[int],
+    validation_of: int,
 ) -> list[Run]:
-    """Return the tests of the chosen size with what was best for it on every task; the first seed draws validation."""
-    chosen = tables.choose(lines)
-    methods = resolve_methods(read_methods([chosen], SUITES["offline"].protocol), SMALL)
-    options = place.benchmark("remedies", [chosen], tasks=tasks)
+    """Return the tests of a method with what was best for it in the searches of the comparison."""
+    options = place.benchmark("remedies", [method.name], tasks=tasks)
     drawn = [name for name in tasks if name not in comparison.PHOTOS]
-    opened = open_tasks("offline", drawn, list(options.folders), options.data, seeds[0])
-    return final_runs(planned_searches(options, opened, methods), {line["id"]: line for line in lines}, seeds)
+    opened = open_tasks("offline", drawn, list(options.folders), options.data, validation_of)
+    return final_runs(planned_searches(options, opened, [method]), {line["id"]: line for line in lines}, seeds)
 
 
-def _changed(method: Any, name: str, remedy: Remedy) -> Any:
-    own = {**method.options["method_options"], **remedy.options}
-    options = {**method.options, **remedy.training, "method_options": own}
-    return replace(method, name=f"{method.name}+{name}", title=remedy.title, options=options)
+@cache
+def changed(method: str, name: str) -> BenchmarkMethod:
+    """Return a method with a remedy, under a name of its own."""
+    remedy = REMEDIES[name]
+    (plain,) = read_methods([method], SUITES["offline"].protocol)
+    own = {**plain.options["method_options"], **remedy.options}
+    options = {**plain.options, **remedy.training, "method_options": own}
+    called = remedy_tables.method_of(method, name)
+    return resolve_methods([replace(plain, name=called, title=remedy.title, options=options)], SMALL)[0]
 
 
-def do(name: str, run: Run, out: Path) -> Line:
+def do(run: Run, out: Path) -> Line:
     """Return the line of a run with its remedy in force."""
     torch.set_num_threads(1)
-    with REMEDIES[name].change():
-        return perform(run, out / f"seed={run.seed}")
+    with REMEDIES[remedy_tables.remedy_of(run.method.name)].change():
+        return perform(run, out)
 
 
-def _do_all(planned: Mapping[str, tuple[str, Run]], record: Record, out: Path, workers: int) -> None:
-    """Do the runs that have no line yet."""
-    left = {key: it for key, it in planned.items() if key not in record.lines}
+def do_all(runs: Sequence[Run], out: Path, workers: int) -> list[Line]:
+    """Do the runs that have no line yet, each seed in a folder of its own; return the lines of all.
+
+    A run that fails keeps no other from being done.
+    """
+    folders = {run.seed: out / f"seed={run.seed}" for run in runs}
+    records = {seed: Record(folder) for seed, folder in folders.items()}
+    left = [run for seed in records for run in records[seed].missing([run for run in runs if run.seed == seed])]
+    problems = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(do, name, it, out): (key, name) for key, (name, it) in left.items()}
+        waiting = {pool.submit(do, run, folders[run.seed]): run for run in left}
         for count, future in enumerate(as_completed(waiting), 1):
-            key, name = waiting[future]
-            line = future.result() | {"id": key, "remedy": name}
-            record.add(line)
-            print(f"[{count} of {len(left)}] {key}: {line['accuracy']}", flush=True)
+            run = waiting[future]
+            try:
+                line = future.result()
+            except (ValueError, OSError) as error:
+                problems.append(f"{run.id}, seed {run.seed}: {error}")
+                continue
+            records[run.seed].add(line)
+            forget_weights(run.folder(folders[run.seed]))
+            print(f"[{count} of {len(left)}] {run.id}, seed {run.seed}: {line['accuracy']}", flush=True)
+    if problems:
+        sys.exit("\n".join(problems))
+    return [records[run.seed].lines[run.id] for run in runs]
 
 
 def run(
-    tasks: str,
+    others: str = "digits,dsprites_ori",
     data: Path = Path("runs/data"),
     photos: Path = Path("runs/data/photos"),
     runs: Path = Path("runs"),
     workers: int = 2,
 ) -> None:
-    """Run every remedy on some tasks, then test on all what helps; or go on with it.
+    """Run every remedy where GIFT loses and on two other tasks, then test on all what helps; or go on with it.
 
     Args:
-        tasks: Where GIFT lost, and others to see harm, with commas between.
+        others: The two others, to see harm, with a comma between.
         data: Folder that holds the drawn tasks.
         photos: Folder that holds the folders flowers17 and caltech97.
         runs: Folder of the folders of the benchmarks; the comparison is in one of them.
         workers: Number of trainings at once.
     """
     place, out, lines = comparison.Place(data, photos, runs), runs / "remedies", read_lines(runs / "comparison")
-    where_lost = remedy_tables.lost(lines)
-    if missing := set(where_lost) - set(tasks.split(",")):
-        raise ValueError(f"GIFT loses on {', '.join(sorted(missing))} too: name it in --tasks, which has {tasks}.")
+    where_lost, to_see_harm = remedy_tables.lost(lines), others.split(",")
+    if len(to_see_harm) != OTHERS or not set(to_see_harm) <= set(tables.TASKS) - set(where_lost):
+        free = ", ".join(task for task in tables.TASKS if task not in where_lost)
+        raise ValueError(f"--others names {OTHERS} tasks on which GIFT does not lose, of {free}; got {others}.")
     with locked(out):
-        record = Record(out)
-        _do_all(runs_of(place, tasks.split(","), lines), record, out, workers)
-        tested = remedy_tables.to_test(list(record.lines.values()), where_lost)
+        tried = do_all(runs_of(place, (*where_lost, *to_see_harm), lines), out, workers)
+        tested = remedy_tables.to_test(tried, where_lost)
         print(f"tested: {', '.join(tested) or 'none'}", flush=True)
-        _do_all(tests_of(place, tested, lines), record, out, workers)
+        do_all(tests_of(place, tested, lines), out, workers)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from benchmarks import comparison_tables as tables
+from benchmarks.comparison_tables import Line, less
 from gift.benchmark.intervals import LEVEL, paired_interval
-from gift.benchmark.runs import SEARCH
+from gift.benchmark.runs import SEARCH, TEST
 from gift.benchmark.tables import NOTHING, table
 
-Line = tables.Line
-
+SEEDS = (101, 102, 103)  # of every remedy on validation images
 UNCHANGED = "none"  # name of the remedy that changes nothing
 LOSES, FEWEST = 1.0, 2  # points from which GIFT loses a task; tasks that are looked at if it loses none
 GAINS, HARMS = 1.0, 1.0  # points on the tasks that are lost from which, and on any other up to which, one is tested
@@ -32,90 +32,108 @@ def lost(lines: Sequence[Line]) -> tuple[str, ...]:
     return tuple(task for task in worst if means[task] < -LOSES) or tuple(worst[:FEWEST])
 
 
-def changes(lines: Sequence[Line]) -> dict[str, dict[str, float] | None]:
-    """Return by remedy and task how many points it is better than none on validation images.
+def method_of(chosen: str, remedy: str) -> str:
+    """Return the name of a method with a remedy."""
+    return f"{chosen}+{remedy}"
 
-    A remedy of which runs are missing, or diverged, has None.
+
+def remedy_of(method: str) -> str:
+    """Return the remedy in the name of a method."""
+    return method.rpartition("+")[2]
+
+
+def changes(lines: Sequence[Line]) -> dict[str, dict[str, float | None]]:
+    """Return by remedy and task how many points it is better than none on validation images; None if a run diverged.
 
     Raises:
-        ValueError: If runs without a remedy are missing.
+        ValueError: If runs are missing, or one without a remedy diverged.
     """
-    tasks = _tasks(lines)
-    unchanged = {task: _by_seed(lines, UNCHANGED, task) for task in tasks}
-    if not tasks or not all(unchanged.values()):
-        raise ValueError("Runs without a remedy are missing.")
-    found: dict[str, dict[str, float] | None] = {}
-    for name in dict.fromkeys(line["remedy"] for line in lines):
-        own = {task: _by_seed(lines, name, task) for task in tasks}
-        whole = all(own[task].keys() == unchanged[task].keys() for task in tasks)
-        found[name] = (
-            {t: round(mean(own[t].values()) - mean(unchanged[t].values()), 6) for t in tasks} if whole else None
-        )
-    return found
+    tasks, by_run = _tasks(lines), _by_run(lines)
+    remedies = list(dict.fromkeys((UNCHANGED, *(remedy for remedy, _, _ in by_run))))
+    needed = {(remedy, task, seed) for remedy in remedies for task in tasks for seed in SEEDS}
+    if missing := needed - by_run.keys():
+        raise ValueError(f"{len(missing)} runs are missing, such as {' '.join(map(str, min(missing)))}.")
+    unchanged = {task: _mean_of(by_run, UNCHANGED, task) for task in tasks}
+    if None in unchanged.values():
+        raise ValueError("A run without a remedy diverged, so there is nothing to compare with.")
+    of_each = {name: {task: less(_mean_of(by_run, name, task), unchanged[task]) for task in tasks} for name in remedies}
+    del of_each[UNCHANGED]
+    return of_each
 
 
 def to_test(lines: Sequence[Line], where_lost: Sequence[str]) -> list[str]:
     """Return the remedies that help on validation images as much as the plan asks for.
 
     Raises:
-        ValueError: If runs without a remedy, or on one of the tasks, are missing.
+        ValueError: If runs are missing, or one without a remedy diverged.
     """
     if missing := set(where_lost) - set(_tasks(lines)):
         raise ValueError(f"Runs on {', '.join(sorted(missing))} are missing.")
-    return [
-        name
-        for name, change in changes(lines).items()
-        if change is not None
-        and name != UNCHANGED
-        and mean(change[task] for task in where_lost) >= GAINS
-        and all(value >= -HARMS for task, value in change.items() if task not in where_lost)
-    ]
+    found = []
+    for name, by_task in changes(lines).items():
+        known = {task: change for task, change in by_task.items() if change is not None}
+        helps = known == by_task and mean(known[task] for task in where_lost) >= GAINS
+        if helps and all(change >= -HARMS for task, change in known.items() if task not in where_lost):
+            found.append(name)
+    return found
 
 
 def table_of_remedies(lines: Sequence[Line], comparison: Sequence[Line]) -> str:
     """Return how much better each remedy is than none on validation images, and what tests say of those that help."""
     try:
-        where_lost, by_remedy = lost(comparison), changes(lines)
-        tested = to_test(lines, where_lost)
+        where_lost = lost(comparison)
+        tested, by_remedy = to_test(lines, where_lost), changes(lines)
     except ValueError as error:
         return f"Not finished: {error}"
     tasks = [*where_lost, *(task for task in _tasks(lines) if task not in where_lost)]
-    titles = {line["remedy"]: line["title"] for line in lines}
-    unchanged = [_by_seed(lines, UNCHANGED, task) for task in tasks]
-    cells = [f"{mean(one.values()):.1f}" for one in unchanged]
-    over_lost = mean(mean(one.values()) for one in unchanged[: len(where_lost)])
-    rows = [(float("inf"), [titles[UNCHANGED], *cells, f"{over_lost:.1f}"])]
+    by_run, methods = _by_run(lines), {remedy_of(line["method"]): line for line in lines}
+    first = [_mean_of(by_run, UNCHANGED, task) or 0.0 for task in tasks]
+    rows = [
+        (float("inf"), [*_named(methods[UNCHANGED]), *[f"{it:.1f}" for it in (*first, mean(first[: len(where_lost)]))]])
+    ]
     for name, change in by_remedy.items():
-        if change is None:
-            rows.append((float("-inf"), [titles[name], *[NOTHING] * len(tasks), NOTHING]))
-        elif name != UNCHANGED:
-            own = [_by_seed(lines, name, task) for task in where_lost]
-            over_lost = tables.points(paired_interval(own, unchanged[: len(where_lost)], LEVEL), 1)
-            in_cells = [f"{change[task]:+.1f}" for task in tasks]
-            rows.append((mean(change[task] for task in where_lost), [titles[name], *in_cells, over_lost]))
-    head = ["validation", *tasks, f"mean of the first {len(where_lost)}, where it loses [95 %]"]
+        cells = ["diverged" if change[task] is None else f"{change[task]:+.1f}" for task in tasks]
+        whole, order = NOTHING, float("-inf")
+        if "diverged" not in cells[: len(where_lost)]:
+            pair = [
+                [{seed: by_run[it, task, seed] for seed in SEEDS} for task in where_lost] for it in (name, UNCHANGED)
+            ]
+            estimate = paired_interval(*pair, LEVEL)
+            whole, order = tables.points(estimate, 1), estimate.mean
+        rows.append((order, [*_named(methods[name]), *cells, whole]))
+    head = ["accuracy in %; below, what each remedy adds", "trained without head", *tasks]
+    head.append(f"mean of the first {len(where_lost)}, where it loses [95 %]")
     shown = table(head, [row for _, row in sorted(rows, key=lambda row: -row[0])])
-    return f"{shown}\n\n{_tests(lines, comparison, tested, titles)}"
+    return f"{shown}\n\n{_tests(lines, comparison, tested)}"
 
 
-def _tests(lines: Sequence[Line], comparison: Sequence[Line], tested: Sequence[str], titles: Mapping[str, str]) -> str:
+def _named(line: Line) -> list[str]:
+    return [line["title"], f"{line['trained_parameters_without_head'] or 0:,}"]
+
+
+def _tests(lines: Sequence[Line], comparison: Sequence[Line], tested: Sequence[str]) -> str:
     """Return what the tests of some remedies say, on all tasks."""
     rule = f"gains {GAINS:.1f} points where GIFT loses without losing more than {HARMS:.1f} on another task"
     if not tested:
         return f"No remedy {rule}: none was tested."
     found = tables.answer(comparison)
     assert found is not None
-    together = [*comparison, *lines]
-    rows = []
+    together, rows = [*comparison, *(line for line in lines if line["phase"] == TEST)], []
     for name in tested:
-        method = f"{found.chosen}+{name}"
-        by_task = [tables.points(tables.difference(together, method, found.chosen, (t,)), 1) for t in tables.TASKS]
-        whole = [
-            tables.points(tables.difference(together, method, other, tables.TASKS))
-            for other in (found.chosen, tables.LORA)
-        ]
-        rows.append([titles[name], *by_task, *whole])
-    head = ["test, less that of nothing changed [95 %]", *tables.TASKS, f"mean of {len(tables.TASKS)}"]
+        method = method_of(found.chosen, name)
+        title = next(line["title"] for line in lines if line["method"] == method)
+        over = [((task,), found.chosen, 1) for task in tables.TASKS]
+        over += [(tables.TASKS, found.chosen, 2), (tables.TASKS, tables.LORA, 2)]
+        rows.append(
+            [
+                title,
+                *(
+                    tables.points(tables.difference(together, method, other, tasks), digits)
+                    for tasks, other, digits in over
+                ),
+            ]
+        )
+    head = ["on test images, less nothing changed [95 %]", *tables.TASKS, f"mean of {len(tables.TASKS)}"]
     return f"What {rule} was tested:\n\n{table([*head, 'mean, less that of LoRA'], rows)}"
 
 
@@ -123,7 +141,17 @@ def _tasks(lines: Sequence[Line]) -> list[str]:
     return list(dict.fromkeys(line["task"] for line in lines if line["phase"] == SEARCH))
 
 
-def _by_seed(lines: Sequence[Line], remedy: str, task: str) -> dict[int, float]:
-    """Return accuracies in %, without those of runs that diverged."""
-    own = [line for line in lines if (line["phase"], line["remedy"], line["task"]) == (SEARCH, remedy, task)]
-    return {line["seed"]: 100 * line["accuracy"] for line in own if line["accuracy"] is not None}
+def _by_run(lines: Sequence[Line]) -> dict[tuple[str, str, int], float | None]:
+    """Return accuracies on validation images in % by remedy, task and seed."""
+    searches = [line for line in lines if line["phase"] == SEARCH]
+    return {
+        (remedy_of(line["method"]), line["task"], line["seed"]): None
+        if line["accuracy"] is None
+        else 100 * line["accuracy"]
+        for line in searches
+    }
+
+
+def _mean_of(by_run: Mapping[tuple[str, str, int], float | None], remedy: str, task: str) -> float | None:
+    values = [by_run[remedy, task, seed] for seed in SEEDS]
+    return None if None in values else round(mean(value for value in values if value is not None), 6)

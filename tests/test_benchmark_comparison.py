@@ -253,7 +253,7 @@ def test_lines_are_taken_over_and_none_is_ever_lost(tmp_path):
     assert f"![Accuracy against trained parameters]({documents.PICTURE})" in between(readme, *documents.marks("table"))
     assert (tmp_path / documents.PICTURE).stat().st_size > 5000
     (runs / "comparison" / "runs.jsonl").write_text(text.partition("\n")[2])
-    with pytest.raises(ValueError, match=r"lacks 1 runs of .*comparison.jsonl, such as 0, which would be lost: copy"):
+    with pytest.raises(ValueError, match=r"lacks 1 runs of .*comparison.jsonl, such as 0, which would be lost: put"):
         comparison.write(document, None, results, runs, take_over=True)
     taken = documents.read_results(results)["comparison"]
     assert [line.pop("train_loss") for line in taken] == [0.25] + [None] * (len(lines) - 1)

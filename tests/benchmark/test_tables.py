@@ -126,6 +126,19 @@ def test_the_tables_by_task_show_accuracies_and_chosen_rates():
     assert "chosen on validation images" in text
 
 
+@pytest.mark.parametrize(
+    ("rate", "tried", "is_marked"),
+    [(0.01, (0.001, 0.01), True), (0.001, (0.001, 0.01), True), (0.005, (0.001, 0.005, 0.01), False), (1, (1,), False)],
+)
+def test_a_learning_rate_at_the_end_of_those_tried_is_marked(rate, tried, is_marked):
+    lines = [line | {"learning_rate": rate, "pairs_tried": [[one, 0] for one in tried]} for line in both()]
+
+    text = markdown(summarise(lines))
+
+    assert cells(text, "### Learning rate")[0]["flowers"].endswith(" *") == is_marked
+    assert "*: the lowest or highest learning rate" in text
+
+
 def test_a_missing_test_leaves_no_mean_and_a_note():
     lines = both()[:-2]
 

@@ -33,6 +33,7 @@ class Row:
         scores: By column.
         seeds: Fewest and most seeds that a task was tested with.
         rates: By task, the learning rates and weight decays of the test runs.
+        at_end: Tasks whose learning rate is the lowest or highest of those that were tried.
         train_seconds: Median of a run.
         inference_ms: Median per image.
         merged: `yes` or `no` for what inference was measured with, `partly` if runs differ, else empty.
@@ -47,6 +48,7 @@ class Row:
     scores: Mapping[Column, Score]
     seeds: tuple[int, int] | None = None
     rates: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    at_end: frozenset[str] = frozenset()
     train_seconds: float | int | None = None
     inference_ms: float | int | None = None
     merged: str = ""
@@ -216,11 +218,17 @@ def _row(runs: Sequence[Line], scores: Mapping[Column, Score]) -> Row:
         seeds=(min(counts), max(counts)),
         scores=scores,
         rates={task: rates(task) for task in _distinct(runs, "task")},
+        at_end=frozenset(run["task"] for run in runs if _is_at_end(run)),
         train_seconds=median(values("train_seconds")) if values("train_seconds") else None,
         inference_ms=median(values("inference_ms_per_image")) if values("inference_ms_per_image") else None,
         merged="partly" if len(merged) > 1 else {True: "yes", False: "no"}.get(merged.pop(), "") if merged else "",
         peak_memory_mb=max(values("peak_memory_mb"), default=None),
     )
+
+
+def _is_at_end(run: Line) -> bool:
+    tried = [rate for rate, _ in run.get("pairs_tried", ())]
+    return len(set(tried)) > 1 and run["learning_rate"] in (min(tried), max(tried))
 
 
 def _published(one: Published, columns: Sequence[Column]) -> Row:

@@ -23,7 +23,7 @@ def markdown(summary: Summary) -> str:
     header = ["method", *(column.title for column in tasks)]
     shown = [row for row in rows if not row.is_published or any(row.scores[column].accuracy for column in tasks)]
     by_task = [[row.title, *(_cell(row.scores[column].accuracy, summary) for column in tasks)] for row in shown]
-    rates = [[row.title, *(" / ".join(row.rates.get(c.name, (NOTHING,))) for c in tasks)] for row in summary.rows]
+    rates = [[row.title, *(_rates(row, column.name) for column in tasks)] for row in summary.rows]
     parts = [
         f"## {_plain(SUITES.get(summary.suite, summary.suite))}: {_plain(summary.model)}, {summary.epochs} epochs",
         "Accuracy in % on test images. Seconds and milliseconds are medians of runs, memory is the most of any run.",
@@ -32,10 +32,15 @@ def markdown(summary: Summary) -> str:
         "### By task",
         table(header, by_task),
         "### Learning rate / weight decay",
-        "Of the test runs; chosen on validation images, not on those of the tables above.",
+        "Of the test runs; chosen on validation images, not on those of the tables above. *: the lowest or highest "
+        "learning rate that was tried.",
         table(header, rates),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _rates(row: Row, task: str) -> str:
+    return " / ".join(row.rates.get(task, (NOTHING,))) + (" *" if task in row.at_end else "")
 
 
 def csv_text(summary: Summary) -> str:
