@@ -169,7 +169,7 @@ def take_over_lines(folder: Path, path: Path) -> None:
 
     That of the remedies has a folder for every seed.
     """
-    folders = sorted(folder.glob("seed=*")) or [folder]
+    folders = [file.parent for file in (*folder.glob("runs.jsonl"), *sorted(folder.glob("seed=*/runs.jsonl")))]
     lines = [{**line, "train_loss": _train_loss(folder_of(line, one))} for one in folders for line in read_lines(one)]
     had = {(line["id"], line["seed"]) for line in read_lines(path)} if path.exists() else set()
     if lost := had - {(line["id"], line["seed"]) for line in lines}:
@@ -177,7 +177,8 @@ def take_over_lines(folder: Path, path: Path) -> None:
             f"{folder} lacks {len(lost)} runs of {path}, such as {min(lost)[0]}, which would be lost: put these "
             f"back into runs.jsonl of {folder}, and go on with the runs from there."
         )
-    write_file(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+    if lines:
+        write_file(path, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def _train_loss(folder: Path) -> float | None:

@@ -190,6 +190,9 @@ def test_runs_go_on_where_they_were_one_that_fails_stops_no_other_and_others_are
     lines = remedies.do_all(planned, tmp_path / "out", 2)
     assert len(done) == 7
     assert [(line["seed"], line["method"]) for line in lines] == [(run.seed, run.method.name) for run in planned]
+    (tmp_path / "out" / "seed=104").mkdir()  # of which no run is done yet
+    comparison.take_over_lines(tmp_path / "out" / "seed=104", tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
     comparison.take_over_lines(tmp_path / "out", tmp_path / "remedies.jsonl")
     assert len((tmp_path / "remedies.jsonl").read_text().splitlines()) == 6
     with pytest.raises(ValueError, match="of other options: epochs was 5, now 9"):
