@@ -22,10 +22,8 @@ def lost(lines: Sequence[Line]) -> tuple[str, ...]:
         ValueError: If the primary question has no answer, or a run of it diverged.
     """
     found = tables.answer(lines)
-    changes = {
-        task: tables.difference(lines, found.chosen, tables.LORA, (task,)) if found else None for task in tables.TASKS
-    }
-    means = {task: change.mean for task, change in changes.items() if change is not None}
+    of_tasks = {t: tables.difference(lines, found.chosen, tables.LORA, (t,)) for t in tables.TASKS} if found else {}
+    means = {task: change.mean for task, change in of_tasks.items() if change is not None}
     if len(means) < len(tables.TASKS):
         raise ValueError("The primary question has no answer, so it is not known where GIFT loses.")
     worst = sorted(means, key=lambda task: means[task])
@@ -124,15 +122,8 @@ def _tests(lines: Sequence[Line], comparison: Sequence[Line], tested: Sequence[s
         title = next(line["title"] for line in lines if line["method"] == method)
         over = [((task,), found.chosen, 1) for task in tables.TASKS]
         over += [(tables.TASKS, found.chosen, 2), (tables.TASKS, tables.LORA, 2)]
-        rows.append(
-            [
-                title,
-                *(
-                    tables.points(tables.difference(together, method, other, tasks), digits)
-                    for tasks, other, digits in over
-                ),
-            ]
-        )
+        cells = [tables.points(tables.difference(together, method, other, tasks), n) for tasks, other, n in over]
+        rows.append([title, *cells])
     head = ["on test images, less nothing changed [95 %]", *tables.TASKS, f"mean of {len(tables.TASKS)}"]
     return f"What {rule} was tested:\n\n{table([*head, 'mean, less that of LoRA'], rows)}"
 
@@ -143,13 +134,8 @@ def _tasks(lines: Sequence[Line]) -> list[str]:
 
 def _by_run(lines: Sequence[Line]) -> dict[tuple[str, str, int], float | None]:
     """Return accuracies on validation images in % by remedy, task and seed."""
-    searches = [line for line in lines if line["phase"] == SEARCH]
-    return {
-        (remedy_of(line["method"]), line["task"], line["seed"]): None
-        if line["accuracy"] is None
-        else 100 * line["accuracy"]
-        for line in searches
-    }
+    searches = {(remedy_of(it["method"]), it["task"], it["seed"]): it for it in lines if it["phase"] == SEARCH}
+    return {run: None if it["accuracy"] is None else 100 * it["accuracy"] for run, it in searches.items()}
 
 
 def _mean_of(by_run: Mapping[tuple[str, str, int], float | None], remedy: str, task: str) -> float | None:
