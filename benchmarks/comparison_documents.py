@@ -31,7 +31,10 @@ def texts(lines: Mapping[str, Sequence[tables.Line]]) -> dict[str, str]:
     if "comparison" in lines:
         summary = summary_of(lines["comparison"])
         found = {"answer": tables.answer_text(lines["comparison"]), "ranks": tables.table_of_ranks(lines["comparison"])}
-        found["tasks"] = tables.table_of_tasks(lines["comparison"])
+        found |= {
+            "tasks": tables.table_of_tasks(lines["comparison"]),
+            "rates": tables.table_of_rates(lines["comparison"]),
+        }
         found |= {"table": all_tables(summary), "means": table_of_means(summary, lines["comparison"])}
     if "ablations" in lines:
         found["ablations"] = tables.table_of_ablations(lines["ablations"])

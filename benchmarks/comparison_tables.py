@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from gift.benchmark.intervals import LEVEL, Estimate, paired_interval
-from gift.benchmark.runs import TEST
+from gift.benchmark.runs import SEARCH, TEST
 from gift.benchmark.tables import NOTHING, table
 from gift.benchmark.validation import Searched, read_searches
 
@@ -184,6 +184,18 @@ def table_of_ranks(lines: Sequence[Line]) -> str:
         "largest less smallest r [95 %]",
     ]
     return table(head, rows)
+
+
+def table_of_rates(lines: Sequence[Line]) -> str:
+    """Return what every learning rate came to on validation images, of the methods whose search is finished."""
+    rows = []
+    for one in (one for one in read_searches(lines) if set(one.tried) == set(TASKS)):
+        own = [line for line in lines if (line["phase"], line["method"]) == (SEARCH, one.method)]
+        rates = sorted({line["learning_rate"] for line in own})
+        means = [_mean_of([line for line in own if line["learning_rate"] == rate], "accuracy") for rate in rates]
+        shown = [NOTHING if value is None else f"{100 * value:.1f}" for value in means]
+        rows.append([one.title, ", ".join(f"{rate:g}: {value}" for rate, value in zip(rates, shown, strict=True))])
+    return table(["method", f"mean of {len(TASKS)} tasks in % on validation images, by learning rate"], rows)
 
 
 def _mean(lines: Sequence[Line], method: str) -> float | None:

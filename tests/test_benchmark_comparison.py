@@ -138,6 +138,14 @@ def test_ranks_are_compared_over_a_factor_of_four_and_the_seeds_that_all_have():
     assert paca == "| GIFT paca | 4: –, 8: –, 16: – | – | – |"
 
 
+def test_learning_rates_are_compared_where_the_search_is_finished():
+    lines = searched(LORA, (0.9, 0.5, 0.5, 0.8, 0.8, 0.4)) + searched(CHOSEN, [0.5] * 6)
+    lines[-1]["accuracy"] = None
+    lora, chosen = tables.table_of_rates(lines + searched("gift-paca", [0.5] * 6)[:-1]).splitlines()[2:]
+    assert lora == "| lora | 0.001: 64.0, 0.002: 65.0, 0.003: 64.0, 0.004: 64.0 |"
+    assert chosen.endswith("| 0.001: 49.0, 0.002: 50.0, 0.003: 49.0, 0.004: – |")
+
+
 def ablated(**accuracies):
     given = dict.fromkeys((tables.DEFAULT, *comparison.ABLATIONS), (0.9, 0.5, 0.8)) | accuracies
     return [line for name, own in given.items() for line in searched(name, own, tables.ABLATED_ON)]
