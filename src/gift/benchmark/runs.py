@@ -144,3 +144,8 @@ def rank(line: Mapping[str, Any]) -> tuple[float, float, float]:
     if line["accuracy"] is None:
         return 1.0, 0.0, line["learning_rate"]
     return -line["accuracy"], line["loss"], line["learning_rate"]
+
+
+def is_at_end(rate: float | int, tried: Sequence[float | int]) -> bool:
+    """Return whether a learning rate is the lowest or highest that was tried, of several."""
+    return len(set(tried)) > 1 and rate in (min(tried), max(tried))

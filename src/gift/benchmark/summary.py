@@ -14,6 +14,7 @@ import numpy as np
 
 from gift.benchmark.intervals import Accuracies, Column, Estimate, Score, score
 from gift.benchmark.published import Published, published_notes, published_rows
+from gift.benchmark.runs import is_at_end
 from gift.data.catalog import TASKS
 
 SUITES = {"fgvc": "FGVC", "vtab1k": "VTAB-1k"}
@@ -218,17 +219,14 @@ def _row(runs: Sequence[Line], scores: Mapping[Column, Score]) -> Row:
         seeds=(min(counts), max(counts)),
         scores=scores,
         rates={task: rates(task) for task in _distinct(runs, "task")},
-        at_end=frozenset(run["task"] for run in runs if _is_at_end(run)),
+        at_end=frozenset(
+            run["task"] for run in runs if is_at_end(run["learning_rate"], [r for r, _ in run.get("pairs_tried", ())])
+        ),
         train_seconds=median(values("train_seconds")) if values("train_seconds") else None,
         inference_ms=median(values("inference_ms_per_image")) if values("inference_ms_per_image") else None,
         merged="partly" if len(merged) > 1 else {True: "yes", False: "no"}.get(merged.pop(), "") if merged else "",
         peak_memory_mb=max(values("peak_memory_mb"), default=None),
     )
-
-
-def _is_at_end(run: Line) -> bool:
-    tried = [rate for rate, _ in run.get("pairs_tried", ())]
-    return len(set(tried)) > 1 and run["learning_rate"] in (min(tried), max(tried))
 
 
 def _published(one: Published, columns: Sequence[Column]) -> Row:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from gift.benchmark.runs import SEARCH, rank
+from gift.benchmark.runs import SEARCH, is_at_end, rank
 from gift.benchmark.tables import NOTHING, table
 
 Line = Mapping[str, Any]
@@ -67,8 +67,7 @@ def _read(lines: Sequence[Line]) -> Searched:
         if found["accuracy"] is None:
             continue
         best[task] = found
-        rates = [line["learning_rate"] for line in tries]
-        if min(rates) < max(rates) and found["learning_rate"] in (min(rates), max(rates)):
+        if is_at_end(found["learning_rate"], [line["learning_rate"] for line in tries]):
             at_end.add(task)
     counts = [line["trained_parameters_without_head"] for line in best.values()]
     return Searched(
