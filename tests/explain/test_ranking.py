@@ -76,16 +76,28 @@ def test_the_scales_of_a_cluster_are_quantiles_and_spread_of_its_responses_in_al
         assert scales.deviation[layer, cluster] == pytest.approx(spread, rel=1e-5)
 
 
-def test_the_mean_of_a_class_is_in_standard_deviations_of_an_images_mean_response():
+def test_the_mean_of_a_class_is_in_standard_deviations_of_the_strength_in_an_image():
     maps = make_maps(random_maps())
     scales = ClusterScales.of(maps)
     for layer, cluster in every_cluster(maps):
-        means = np.array([one.astype(np.float64).mean() for one in maps.maps[:, layer, cluster]])
-        standard = (means - sum(means) / 8) / (sum((means - sum(means) / 8) ** 2) / 8) ** 0.5
+        responses = maps.maps[:, layer, cluster].astype(np.float64)
+        strengths = np.array([np.maximum(one - np.median(responses), 0).mean() for one in responses])
+        standard = (strengths - sum(strengths) / 8) / (sum((strengths - sum(strengths) / 8) ** 2) / 8) ** 0.5
         for label in range(4):
             of_class = [standard[image] for image in range(8) if PREDICTIONS[image] == label]
             expected = sum(of_class) / len(of_class) if of_class else 0
             assert scales.class_means[layer, cluster, label] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_cluster_whose_mean_is_zero_in_every_image_likes_the_class_whose_images_it_lights_up():
+    maps = 0.01 * RNG.normal(size=(8, 2, 3, 4, 5))
+    maps[PREDICTIONS == 3, 1, 2, 1, 1] += 4
+    maps -= maps.mean(axis=(3, 4), keepdims=True)  # as the reading `own` does
+    found = make_maps(maps)
+    scales = ClusterScales.of(found)
+    assert scales.class_means[1, 2, 3] > 1.5
+    shifted = ClusterScales.of(make_maps(maps + 1e-6 * RNG.normal(size=(8, 2, 3, 1, 1))))
+    assert shifted.class_means == pytest.approx(scales.class_means, abs=1e-2)
 
 
 def test_strength_is_none_below_the_low_end_one_at_the_high_end_and_goes_on_beyond():

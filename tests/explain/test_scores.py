@@ -8,6 +8,7 @@ from gift.explain.scores import (
     correlations,
     effective_number,
     energy_inside,
+    maps_of_classes,
     overlap_sums,
     part_agreement,
     pointing_hits,
@@ -205,3 +206,16 @@ def test_the_effective_number_is_the_participation_ratio_of_the_eigenvalues():
     expected = sum(eigenvalues) ** 2 / sum(eigenvalues**2)
     assert 1.2 < expected < 5
     assert effective_number(maps) == pytest.approx(expected)
+
+
+def test_the_map_that_goes_with_a_class_lights_up_where_its_logit_is_large_even_if_its_mean_is_always_zero():
+    logits = RNG.normal(size=(40, 2))
+    maps = 0.1 * RNG.normal(size=(40, 3, 4, 4))
+    maps[:, 2, 1, 1] += np.maximum(logits[:, 0], 0)
+    maps[:, 1, 3, 0] += np.maximum(logits[:, 1], 0)
+    maps -= maps.mean(axis=(2, 3), keepdims=True)
+
+    largest, found = maps_of_classes(maps, logits)
+
+    assert found.tolist() == [2, 1]
+    assert (largest > 0.6).all()

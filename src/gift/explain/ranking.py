@@ -10,7 +10,7 @@ from gift.explain.assignments import Chosen
 from gift.explain.clusters import ClusterMaps, explain_images
 from gift.explain.names import ClusterRef
 from gift.explain.readings import Reading
-from gift.explain.scores import choose_distinct, class_separation, standardised
+from gift.explain.scores import choose_distinct, class_separation, mean_strength, standardised
 
 STRONGEST_SHARE = 0.1  # of the patches of an image, in which a concentrated map has its strength
 DIMMED = 0.8  # contrast of the images whose maps should not differ from the originals'
@@ -26,8 +26,8 @@ class ClusterScales:
         low: The median response over all patches of all images, drawn dark.
         high: The response that 2 % of all patches exceed, drawn light.
         deviation: Standard deviation of the responses.
-        class_means: Mean response in the images of a predicted class, in standard deviations of an image's mean
-            response over all images, from the mean of all; 0 for a class that was never predicted.
+        class_means: Mean of `scores.mean_strength` in the images of a predicted class, in its standard deviations over
+            all images, from its mean over all; 0 for a class that was never predicted.
     """
 
     low: Float[np.ndarray, "layers clusters"]
@@ -51,7 +51,7 @@ class ClusterScales:
 
 def _scales_of_layer(responses: Float[np.ndarray, "batch clusters rows columns"], maps: ClusterMaps) -> tuple:
     low, high = np.quantile(responses, (0.5, 0.98), axis=(0, 2, 3))
-    of_images = standardised(responses.mean(axis=(2, 3)).T)  # [clusters, batch]
+    of_images = standardised(mean_strength(responses).T)  # [clusters, batch]
     class_means = np.zeros((responses.shape[1], maps.logits.shape[1]))
     for label in np.unique(maps.predictions):
         class_means[:, label] = of_images[:, maps.predictions == label].mean(axis=1)

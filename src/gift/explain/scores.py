@@ -71,6 +71,24 @@ def pointing_hits(
     return coverage[shows].reshape(-1, patches)[np.arange(len(peaks)), peaks]
 
 
+def mean_strength(
+    maps: Float[np.ndarray, "batch candidates rows columns"],
+) -> Float[np.ndarray, "batch candidates"]:
+    """Return how strong each map is in an image: the mean over its patches of what exceeds the map's overall median.
+
+    The mean response would say nothing of maps whose mean is zero in every image, such as those read as `own`.
+    """
+    return np.maximum(maps - np.median(maps, axis=(0, 2, 3), keepdims=True), 0).mean(axis=(2, 3))
+
+
+def maps_of_classes(
+    maps: Float[np.ndarray, "batch candidates rows columns"], logits: Float[np.ndarray, "batch classes"]
+) -> tuple[Float[np.ndarray, " classes"], Int[np.ndarray, " classes"]]:
+    """Return for every class the largest correlation of a map's strength with the logit, and the map's number."""
+    together = standardised(mean_strength(maps).T) @ standardised(logits.T).T / len(maps)  # [candidates, classes]
+    return together.max(axis=0), together.argmax(axis=0)
+
+
 def energy_inside(
     strength: Float[np.ndarray, "batch rows columns"], coverage: Float[np.ndarray, "batch rows columns"]
 ) -> float:

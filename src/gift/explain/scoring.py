@@ -25,9 +25,9 @@ from gift.explain.scores import (
     best_maps,
     effective_number,
     energy_inside,
+    maps_of_classes,
     overlap_sums,
     pointing_hits,
-    standardised,
 )
 
 RESAMPLES = 1000
@@ -192,7 +192,7 @@ class Scorer:
         for layer, maps_of in enumerate(row.of_layers):
             maps = maps_of()
             best = best_maps(maps[self.chosen_on], coverage[self.chosen_on])
-            correlation, of_class = _going_with(maps[self.chosen_on], logits[self.chosen_on])
+            correlation, of_class = maps_of_classes(maps[self.chosen_on], logits[self.chosen_on])
             here = _Found(
                 best, np.full(len(best.candidates), layer), maps[:, best.candidates], maps[:, of_class], correlation
             )
@@ -304,14 +304,6 @@ def _overlap(sums: Float[np.ndarray, "samples 2"]) -> Float[np.ndarray, " sample
 def _mean(values: np.ndarray) -> float:
     """Return the mean; 0 of nothing, where no image shows a part."""
     return float(values.mean()) if values.size else 0.0
-
-
-def _going_with(
-    maps: Float[np.ndarray, "batch candidates rows columns"], logits: Float[np.ndarray, "batch classes"]
-) -> tuple[Float[np.ndarray, " classes"], Int[np.ndarray, " classes"]]:
-    """Return for every class the largest correlation of a map's mean with the logit, and the map's number."""
-    together = standardised(maps.mean(axis=(2, 3)).T) @ standardised(logits.T).T / len(maps)  # [candidates, classes]
-    return together.max(axis=0), together.argmax(axis=0)
 
 
 def _better(found: _Found, here: _Found) -> _Found:

@@ -193,7 +193,7 @@ function reasonsOf({ image, criteria: { concentration, contrast, agreement } }) 
     [[wordFor(contrast, ["stands out strongly", 3], ["stands out", 1.5], ["hardly stands out"])],
       `its peak lies ${contrast.toFixed(1)} standard deviations above its mean here`],
     [[usual, named(data.images[image].with[0][0])],
-      `its response to pictures predicted so lies ${signed(agreement)} standard deviations from its mean over all pictures`],
+      `its strength in pictures predicted so lies ${signed(agreement)} standard deviations from its mean over all pictures`],
   ];
 }
 
