@@ -214,6 +214,35 @@ def test_merge_and_unload_leaves_a_plain_model_without_hooks():
     assert (plain(images) - before).abs().max() < 1e-5
 
 
+def test_merging_keeps_the_original_weights_and_no_other_copy():
+    model, images = make_adapted_vit(), make_images()
+    with torch.no_grad():
+        model(images)
+    layers, source = adapted_layers(model), model.base_model.gift_source
+    assert source._kept
+    model.merge_adapter()
+    assert not source._kept
+    assert all(layer.gift_original_weight is not None for layer in layers)
+    model.unmerge_adapter()
+    model.merge_and_unload()
+    assert all(layer.gift_original_weight is None for layer in layers)
+    assert not source._kept
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_a_weight_that_is_computed_from_others_cannot_be_merged_into(norm):
+    backbone = make_vit()
+    norm(backbone.blocks[1].attn.proj)
+    model = perturb(get_peft_model(backbone, GiftConfig(r=4, num_clusters=6))).eval()
+    with torch.no_grad():
+        before = model(make_images())
+        with pytest.raises(ValueError, match=r"blocks\.1\.attn\.proj is computed from others"):
+            model.merge_adapter()
+        assert torch.equal(model(make_images()), before)
+    assert not any(layer.merged for layer in adapted_layers(model))
+
+
 def test_heads_of_several_layers_are_unloaded_too():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     backbone = RobertaForSequenceClassification(RobertaConfig(vocab_size=30, **sizes)).eval()

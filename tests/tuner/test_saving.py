@@ -122,6 +122,14 @@ def test_a_stored_configuration_can_be_used_for_a_new_adapter(tmp_path):
     assert model.eval()(make_images()).shape == (2, 9)
 
 
+def test_a_stored_configuration_that_is_set_to_train_makes_a_new_adapter_too(tmp_path):
+    make_adapted_vit().save_pretrained(tmp_path)
+    config = GiftConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = get_peft_model(make_vit(num_classes=9), config)
+    assert any("gift_generators" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("wrong", ['"x"', "[1]", '{"a": 5}', '{"a": [null]}', '{"a": [NaN]}'])
 def test_a_damaged_fingerprint_is_refused_before_the_model_is_touched(tmp_path, wrong):
     make_adapted_vit().save_pretrained(tmp_path)

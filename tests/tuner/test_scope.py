@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -202,6 +203,44 @@ def test_reentrant_checkpointing_that_would_pass_no_gradients_raises_in_the_back
     assert all(p.grad is not None for p in model.base_model.gift_generators.parameters())
 
 
+@pytest.mark.parametrize("order", [("teacher", "pupil"), ("pupil", "teacher")])
+def test_a_model_that_teaches_itself_without_gradients_has_the_gradients_of_the_pupil(order):
+    class TeachesItself(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = make_vit()
+
+        def forward(self, x):
+            outputs = {}
+            for who in order:
+                with torch.set_grad_enabled(who == "pupil"):
+                    outputs[who] = self.vit(x.flip(-1) if who == "teacher" else x)
+            return (outputs["pupil"] - outputs["teacher"]).square().sum()
+
+    model = perturb(get_peft_model(TeachesItself().double(), GiftConfig(r=4, num_clusters=6, modules_to_save=[])))
+    images, vit = make_images().double(), model.base_model.model.vit
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = (vit(images) - vit(images.flip(-1)).detach()).square().sum()  # each layer generates for itself
+    expected = torch.autograd.grad(loss, trained)
+    got = torch.autograd.grad(model(images), trained)
+    assert all(torch.allclose(one, other, rtol=1e-4) for one, other in zip(got, expected, strict=True))
+
+
+def test_a_weight_that_is_offloaded_is_refused_with_a_reason():
+    adapted = cpu_offload(make_adapted_vit(), execution_device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"weight of blocks\.0\.attn\.proj is offloaded"):
+        adapted(make_images())
+    backbone = cpu_offload(make_vit(), execution_device=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"weight of blocks\.0\.attn\.proj is offloaded"):
+        get_peft_model(backbone, GiftConfig(r=2))
+
+
+def test_on_the_meta_device_shapes_can_be_checked():
+    with torch.device("meta"):
+        model = get_peft_model(make_vit(), GiftConfig(r=2))
+        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 5)
+
+
 def test_two_forwards_before_one_backward_add_up():
     model, images, others = make_adapted_vit().double(), make_images().double(), make_images(seed=5).double()
     one, other = gradients(model, images), gradients(model, others)
@@ -227,12 +266,14 @@ def test_the_first_forward_raises_if_an_adapted_layer_is_never_called():
         model(torch.randn(1, 4))
 
 
-def test_layers_that_are_called_in_training_but_read_directly_in_evaluation_raise_there():
+@pytest.mark.parametrize("steps", [1, 3])
+def test_layers_that_are_called_in_training_but_read_directly_in_evaluation_raise_there(steps):
     encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     stack = nn.TransformerEncoder(encoder, 1)
     model = get_peft_model(nn.Sequential(stack), GiftConfig(target_modules=["linear1"], r=2, modules_to_save=[]))
     x = torch.randn(2, 5, 16)
-    model.train()(x)
+    for _ in range(steps):
+        model.train()(x)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"did not call these adapted layers: 0\.layers"):
         model.eval()(x)
 

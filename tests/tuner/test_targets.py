@@ -1,10 +1,18 @@
 """Which layers are adapted, and the errors for names that match nothing, half, or something else."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from gift import GiftConfig
 from tests.models import Chain, make_images, make_vit
@@ -71,6 +79,24 @@ def test_all_linear_adapts_every_linear_layer_but_the_head():
     assert not [name for name in names if "head" in name]
 
 
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 30}
+
+
+def test_all_linear_leaves_out_heads_of_several_layers():
+    model = adapt(RobertaForSequenceClassification(RobertaConfig(**TEXT)), target_modules="all-linear")
+    assert model.peft_config["default"].modules_to_save == ["classifier"]
+    assert not [name for name in targets(model)["all-16"] if name.startswith("classifier")]
+    assert all(p.requires_grad for p in model.base_model.model.classifier.modules_to_save.parameters())
+
+
+def test_with_a_task_type_all_of_a_familys_head_is_trained():
+    model = DebertaV2ForSequenceClassification(DebertaV2Config(**TEXT))
+    plain, with_type = (adapt(copy.deepcopy(model), task_type=kind) for kind in (None, "SEQ_CLS"))
+    heads = [{name for name, _ in one.named_parameters() if "modules_to_save" in name} for one in (plain, with_type)]
+    assert heads[0] == heads[1]
+    assert any("pooler" in name for name in heads[0])
+
+
 def test_a_head_can_be_a_target_itself():
     model = adapt(target_modules=["attn.proj", "head"])
     assert "head" in targets(model)["all-32"]
@@ -111,12 +137,32 @@ class Holder(nn.Module):
         (make_vit, {"target_modules": ["proj"]}, "selects patch_embed.proj, a Conv2d"),
         (make_vit, {"target_modules": ["attn"]}, "a Attention: GIFT adapts linear layers"),
         (make_vit, {"target_modules": ["attn.proj"], "layers_to_transform": [0, 7]}, "names block 7, but no target"),
+        (
+            make_vit,
+            {"target_modules": ["blocks.0.attn.proj", "blocks.1.attn.proj"], "layers_to_transform": [0]},
+            "names blocks.1.attn.proj in full, which is of none of the blocks",
+        ),
+        (
+            make_vit,
+            {"target_modules": ["blocks.0.attn.proj"], "layers_to_transform": [0, 7]},
+            "names block 7, but no target",
+        ),
         (make_vit, {"target_modules": ["attn.proj"], "exclude_modules": r".*proj"}, "is left out by exclude_modules"),
         (make_vit, {"target_modules": ["head"], "modules_to_save": ["head"]}, "left out by .* modules_to_save"),
         (make_vit, {"target_modules": ["attn.qkv[x]"]}, "part x of blocks.0.attn.qkv .* has the parts q, k, v"),
         (make_vit, {"target_modules": ["mlp.fc1[q]"]}, "part q of blocks.0.mlp.fc1 .* has no known parts"),
         (make_vit, {"target_modules": ["attn.qkv", "attn.qkv[q]"]}, "both as a whole and by its part q"),
         (make_vit, {"modules_to_save": ["classifier"]}, "modules_to_save names .*classifier.*no such modules"),
+        (
+            make_vit,
+            {"modules_to_save": ["haed"], "task_type": "FEATURE_EXTRACTION"},
+            "modules_to_save names .*haed.*no such modules",
+        ),
+        (
+            lambda: Holder(layer=nn.Linear(4, 4).to(torch.float8_e4m3fn)),
+            {"target_modules": ["layer"]},
+            "holds a weight of torch.float8_e4m3fn: GIFT reads weights of 16, 32 and 64 bit",
+        ),
         (Chain, {}, r"not of a family[\s\S]*Its linear layers are:\s+layers.N"),
         (
             lambda: Holder(attention=nn.MultiheadAttention(4, 2)),

@@ -93,10 +93,13 @@ class GiftConfig(GeneratorOptions, PeftConfig):
             raise ValueError("layers_pattern is only used together with layers_to_transform: give that too.")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Notice that PEFT sets `inference_mode` afterwards exactly when it is about to load an adapter."""
+        """Notice that PEFT is about to load an adapter: it sets `inference_mode` of what was read from a folder.
+
+        So may a user who makes a new adapter of it; then `get_peft_model` sets the name of the backbone after that.
+        """
         super().__setattr__(name, value)
-        if name == "inference_mode" and self.__dict__.get("_folder") is not None:
-            self._is_loading = True
+        if name in ("inference_mode", "base_model_name_or_path") and self.__dict__.get("_folder") is not None:
+            self._is_loading = name == "inference_mode"
 
     def folder_being_loaded(self) -> Path | None:
         """Return the local folder whose weights PEFT is about to load, once; None when an adapter is made anew."""

@@ -128,7 +128,7 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         """Return the original weight, or its rows for one part of a fused layer, as a view; also while merged.
 
         Raises:
-            RuntimeError: If the weight is not there, because it was flattened or gathered elsewhere.
+            RuntimeError: If the weight is not there, because it was flattened, gathered elsewhere or offloaded.
         """
         record = self.gift_source.sharded_parameter(self)
         if self.is_quantised:
@@ -140,6 +140,11 @@ class GiftLinear(nn.Module, BaseTunerLayer):
         # The gathered weight of a sharded block is freed before the generator's backward pass reads it again.
         current = self.weight if record is None else record.sharded_param
         weight = (current if original is None else original).detach()
+        if weight.is_meta and hasattr(self.base_layer, "_hf_hook"):
+            raise RuntimeError(
+                f"The weight of {self.gift_name} is offloaded (by cpu_offload, or a device_map with 'cpu' or 'disk'): "
+                "between calls it lies where a generator cannot read it. Load the model without, or quantise it."
+            )
         weight = weight.T if self.is_transposed else weight
         if tuple(weight.shape) != (self.out_features, self.in_features):
             raise RuntimeError(
@@ -227,7 +232,7 @@ class GiftLinear(nn.Module, BaseTunerLayer):
             and type(base.weight) in (nn.Parameter, Tensor)
             and not base.weight.requires_grad
             and base.weight.dtype == x.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+            and not (x.is_meta or torch.is_autocast_enabled(x.device.type))
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not (base._backward_pre_hooks or _has_any_global_hook() or "forward" in base.__dict__)
         )
@@ -269,11 +274,18 @@ class GiftLinear(nn.Module, BaseTunerLayer):
             adapter_names: Adapters to merge; by default the active ones.
 
         Raises:
-            ValueError: With `safe_merge`, if the merged weight would not be finite; this layer stays as it was.
+            ValueError: If the weight is computed from others, or, with `safe_merge`, the merged one would not be
+                finite; this layer stays as it was.
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.gift_parts]
         if not new:
             return
+        if "weight" not in self.base_layer._parameters:
+            raise ValueError(
+                f"The weight of {self.gift_name} is computed from others (weight_norm, spectral_norm or the like), so "
+                "nothing can be merged into it. Make it a plain weight first: unload the adapter, call "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), and load the adapter again."
+            )
         merged = self._merged_weight([*self.merged_adapters, *new])
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"Merging {new} into {self.gift_name} gives NaN or infinite weights: not merged.")

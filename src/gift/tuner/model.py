@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.integrations import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -25,7 +25,14 @@ from gift.tuner.saving import (
     warn_about_other_weights,
 )
 from gift.tuner.scope import FactorSource
-from gift.tuner.targets import Target, check_not_sharded, find_modules_to_save, find_targets, matches
+from gift.tuner.targets import (
+    Target,
+    check_not_sharded,
+    check_without_adapters,
+    find_modules_to_save,
+    find_targets,
+    matches,
+)
 from gift.tuner.weights import (
     QuantisedWeight,
     ShardedWeight,
@@ -51,12 +58,12 @@ class GiftModel(BaseTuner):
     uses_shared_state: bool = True
     prefix: str = "gift_"
     tuner_layer_cls = GiftLinear
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name; our families are in backbones.py
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's name; our families are in families.py
 
     # ---- creating ------------------------------------------------------------------------------------------------
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        _check_without_adapters(model)
+        check_without_adapters(model)
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
@@ -95,8 +102,7 @@ class GiftModel(BaseTuner):
             generators, groups = _make_generators(model, config, targets)
         stored = stored_tensors(model, generators, modules_to_save)
         self._check_adapter_name(model, adapter_name, generators, stored)
-        folder = config.folder_being_loaded()
-        if folder is not None:
+        if (folder := config.folder_being_loaded()) is not None:
             check_folder(folder, stored, embedding_tensors(model, "base_model.model."))
         config.modules_to_save = modules_to_save or None  # PEFT wants None where there are none ...
         self._inject(model, adapter_name, targets, generators, groups)
@@ -253,7 +259,7 @@ class GiftModel(BaseTuner):
             safe_merge: Whether to refuse NaN and infinite results.
 
         Raises:
-            ValueError: With `safe_merge`, if a merged weight would not be finite.
+            ValueError: As `GiftLinear.merge`.
         """
         before = {layer: list(layer.merged_adapters) for layer in self.gift_source.layers.values()}
         try:
@@ -264,6 +270,7 @@ class GiftModel(BaseTuner):
                     layer.unmerge()
                     layer.merge(adapter_names=names)
             raise
+        self.gift_source.drop()  # W + dW is in the layers now
 
     def train(self, mode: bool = True) -> "GiftModel":
         """Set the mode, and forget factors that were kept in the other one."""
@@ -275,6 +282,9 @@ class GiftModel(BaseTuner):
         while self._gift_hooks:
             self._gift_hooks.pop().remove()
         self._allow_repacking()
+        for layer in self.gift_source.layers.values():
+            layer.gift_original_weight = layer.gift_original_stored = None
+        self.gift_source.drop()  # who still holds the PeftModel holds no second copy of the weights
         return model  # type: ignore[return-value]
 
     @contextmanager
@@ -354,17 +364,6 @@ def _tuner_of(model: nn.Module) -> GiftModel:
     if len(tuners) != 1:
         raise ValueError(f"Expected a PeftModel with one GIFT tuner, got {type(model).__name__} with {len(tuners)}.")
     return tuners[0]
-
-
-def _check_without_adapters(model: nn.Module) -> None:
-    """Raise ValueError if a layer of the model already carries an adapter, of GIFT or of another method."""
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            kind = f"{type(module).__module__}.{type(module).__name__}"
-            raise ValueError(
-                f"{name} already carries an adapter ({kind}), and GIFT cannot be mixed with it. Call unload() or "
-                "merge_and_unload() on the PeftModel it belongs to; further GIFT adapters are added with add_adapter."
-            )
 
 
 def _make_generators(

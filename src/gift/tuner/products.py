@@ -41,6 +41,21 @@ class LayerFactors:
             self.right.detach().requires_grad_(self.right.requires_grad),
         )
 
+    def refusing_gradients(self) -> "LayerFactors":
+        """Return these leaves, for a recomputation that only compares what was saved: gradients would be lost."""
+
+        def refuse(_: Tensor) -> None:
+            raise RuntimeError(
+                "A checkpointed region was recomputed after another forward pass with gradients, and gradients of the "
+                "generator would be lost. Call backward() before the next forward, or use non-reentrant checkpointing: "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+
+        for factor in (self.left, self.right):
+            if factor.requires_grad:
+                factor.register_hook(refuse)
+        return self
+
 
 def sum_of_residuals(pieces: Sequence[tuple[Tensor, Tensor]]) -> LayerFactors:
     """Return the factors of the sum of several residuals: their factors side by side."""

@@ -117,7 +117,7 @@ def check_can_be_saved(
 
 
 def fingerprint(weight: Float[Tensor, "rows columns"]) -> list[float]:
-    """Return 16 numbers by which a weight is recognised: projections on fixed random signs, in float64.
+    """Return 16 numbers by which a weight is recognised: projections on fixed random signs, in float32.
 
     The root mean square of the difference of two fingerprints estimates the Frobenius norm of the difference of the
     weights; the numbers are rounded to six digits.

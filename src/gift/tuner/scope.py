@@ -12,7 +12,7 @@ takes its own. Outside a scope:
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -38,11 +38,15 @@ from gift.tuner.weights import join_parts, probe_weight
 
 @dataclass
 class _Scope:
-    """The layers adapted in one forward pass, the factors made for them, and whether gradients flow through them."""
+    """The layers adapted in one forward pass, the factors made for them, and whether gradients flow through them.
+
+    `called` has the layers called so far, and whether any of its calls was with gradients.
+    """
 
     layers: list[str]
     factors: dict[str, LayerFactors]
     has_graph: bool
+    called: dict[str, bool]
 
 
 @dataclass
@@ -87,7 +91,7 @@ class FactorSource:
         self._sharded: dict[nn.Module, Any] = {}  # FSDP2's records of weights
         self._scopes: dict[int, _Scope] = {}  # by thread: another thread may run without gradients meanwhile
         self._from_scope: dict[str, LayerFactors] = {}  # of the last scope, for recomputation
-        self._called: set[str] = set()  # layers called since the last scope opened
+        self._called: set[str] = set()  # layers called outside of scopes since the last one closed
         self._reentrant: set[str] = set()  # layers called without gradients inside a scope with gradients
         self._recomputed = False  # whether any of them was called again in a backward pass
         self._kept: dict[str, _Kept] = {}
@@ -138,7 +142,7 @@ class FactorSource:
             generator = self.generators[adapter][group]  # type: ignore[index]
             device = generator.recover.device.type
             weights = [self.layers[target.layer].frozen_weight(target.part) for target in served]
-            with torch.autocast(device, enabled=False):
+            with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
                 factors = generator(weights)
             yield group, served, factors
 
@@ -235,7 +239,7 @@ class FactorSource:
         if is_distributed():
             _look_at_wrappers(self._token, has_graph)
         factors = self._generate_or_reuse([layer for layer in layers if not layer.acts_on_input])
-        self._scopes[_thread()] = _Scope([layer.gift_name for layer in layers], factors, has_graph)
+        self._scopes[_thread()] = _Scope([layer.gift_name for layer in layers], factors, has_graph, {})
         if has_graph:
             self._reentrant.clear()
         if has_graph and self._kept and not torch.compiler.is_compiling():
@@ -245,7 +249,7 @@ class FactorSource:
         """Forward hook of the wrapped model, also after an exception (then `output` is None).
 
         Raises:
-            RuntimeError: If the first forward pass did not call an adapted layer.
+            RuntimeError: If the first forward pass in this mode did not call an adapted layer.
         """
         scope = self._scopes.pop(_thread(), None)
         if scope is None or torch.compiler.is_compiling():
@@ -254,13 +258,15 @@ class FactorSource:
             self._from_scope = {name: factors.detached() for name, factors in scope.factors.items()}
             self._expect_recomputation(output)
         if output is not None:
-            self._check_called(module, set(scope.layers))
+            called = self._called | scope.called.keys()
+            self._called.clear()
+            self._check_called(module, set(scope.layers), called)
 
-    def _check_called(self, model: nn.Module, names: set[str]) -> None:
+    def _check_called(self, model: nn.Module, names: set[str], called: set[str]) -> None:
         checked = self._checked.setdefault((model.training, torch.is_grad_enabled()), set())
         if names <= checked or _has_compiled_parts(model):
             return
-        uncalled = sorted(names - checked - self._called)
+        uncalled = sorted(names - checked - called)
         if uncalled:
             raise RuntimeError(
                 f"The forward pass did not call these adapted layers: {', '.join(uncalled[:8])}"
@@ -268,7 +274,6 @@ class FactorSource:
                 "directly or skips them. Leave them out with exclude_modules or choose other target_modules."
             )
         checked.update(names)
-        self._called.clear()
 
     def _expect_recomputation(self, output: Any) -> None:
         """Let the backward pass of `output` raise if it ends without calling any checkpointed layer again."""
@@ -288,7 +293,8 @@ class FactorSource:
             raise RuntimeError(
                 "Reentrant checkpointing passed no gradients to the adapted layers, since no input of the checkpointed "
                 "blocks needs gradients. Use non-reentrant checkpointing (gradient_checkpointing_kwargs="
-                "{'use_reentrant': False}), or call model.enable_input_require_grads() first."
+                "{'use_reentrant': False}), or call model.enable_input_require_grads() first. Layers that "
+                "are called under torch.no_grad alone get none either: leave such layers out with exclude_modules."
             )
 
     def factors(self, layer: GiftLinear) -> LayerFactors:
@@ -302,7 +308,7 @@ class FactorSource:
             return scope.factors[name]
         self._recomputed = self._recomputed or is_recomputing
         if is_recomputing and name in self._from_scope and name not in self._reentrant:
-            return _refusing_gradients(self._from_scope[name])
+            return self._from_scope[name].refusing_gradients()
         if not is_recomputing:
             self._called.add(name)
             if torch.is_grad_enabled():
@@ -310,8 +316,10 @@ class FactorSource:
         return self._generate_or_reuse([layer])[name]
 
     def _note_call(self, name: str, scope: _Scope) -> None:
-        self._called.add(name)
-        if scope.has_graph and not torch.is_grad_enabled():
+        scope.called[name] = torch.is_grad_enabled() or scope.called.get(name, False)
+        if scope.has_graph and scope.called[name]:
+            self._reentrant.discard(name)  # called without gradients on purpose, as by a model that teaches itself
+        elif scope.has_graph:
             refuse_reentrant()
             self._reentrant.add(name)
 
@@ -358,22 +366,6 @@ def _has_compiled_parts(model: nn.Module) -> bool:
         or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         for module in model.modules()
     )
-
-
-def _refusing_gradients(factors: LayerFactors) -> LayerFactors:
-    """Return leaves for a recomputation that only compares what was saved; gradients that end in them would be lost."""
-
-    def refuse(_: Tensor) -> None:
-        raise RuntimeError(
-            "A checkpointed region was recomputed after another forward pass with gradients, and gradients of the "
-            "generator would be lost. Call backward() before the next forward, or use non-reentrant checkpointing: "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}."
-        )
-
-    for factor in (factors.left, factors.right):
-        if factor.requires_grad:
-            factor.register_hook(refuse)
-    return factors
 
 
 def _left_by_layer(targets: list[Target], factors: Factors) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
@@ -16,6 +17,9 @@ from gift.backbones import classification_heads, default_targets, fused_parts, r
 from gift.tuner.config import GiftConfig
 from gift.tuner.layer import GiftLinear
 from gift.tuner.weights import PARTS, is_quantised, weight_shape
+
+READABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PEFT_HEADS = (["classifier", "score"], ["qa_outputs"])  # what PEFT takes for modules_to_save with a task type
 
 
 class Target(NamedTuple):
@@ -43,6 +47,17 @@ class Target(NamedTuple):
         return re.sub(r"^.*\.\d+\.", "", str(self))
 
 
+def check_without_adapters(model: nn.Module) -> None:
+    """Raise ValueError if a layer of the model already carries an adapter, of GIFT or of another method."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise ValueError(
+                f"{name} already carries an adapter ({kind}), and GIFT cannot be mixed with it. Call unload() or "
+                "merge_and_unload() on the PeftModel it belongs to; further GIFT adapters are added with add_adapter."
+            )
+
+
 def find_targets(model: nn.Module, config: GiftConfig) -> list[Target]:
     """Return the targets that `config` names in `model`, in the order of its modules; fill in the family's default.
 
@@ -67,18 +82,22 @@ def find_targets(model: nn.Module, config: GiftConfig) -> list[Target]:
 def find_modules_to_save(model: nn.Module, config: GiftConfig, targets: list[Target]) -> list[str]:
     """Return the modules to train beside the targets; by default the family's heads that are no targets themselves.
 
+    With a task type PEFT adds names of its own to `modules_to_save`, which need not all exist.
+
     Raises:
         ValueError: If a name matches no module.
     """
-    if config.modules_to_save is None:
+    given = list(config.modules_to_save or ())
+    if config.modules_to_save is None or (config.task_type and given in PEFT_HEADS):
         adapted = {target.layer for target in targets}
-        heads = classification_heads(model)
-        return [head for head in heads if not any(f"{name}.".startswith(f"{head}.") for name in adapted)]
+        heads = [head for head in classification_heads(model) if not head.endswith(tuple(given))]
+        return [*given, *(head for head in heads if not any(f"{name}.".startswith(f"{head}.") for name in adapted))]
     names = [name for name, _ in model.named_modules()]
-    missing = [save for save in config.modules_to_save if not any(name.endswith(save) for name in names)]
-    if missing and config.task_type is None:  # with a task type PEFT adds names of its own that need not all exist
+    optional = [head for heads in PEFT_HEADS for head in heads] if config.task_type else []
+    missing = [save for save in given if save not in optional and not any(name.endswith(save) for name in names)]
+    if missing:
         raise ValueError(f"modules_to_save names {missing}, but the model has no such modules.{_near(missing, names)}")
-    return list(config.modules_to_save)
+    return given
 
 
 def check_not_sharded(model: nn.Module, modules_to_save: list[str]) -> None:
@@ -112,7 +131,8 @@ def _all_linear(model: nn.Module, config: GiftConfig) -> set[str]:
     _maybe_include_all_linear_layers(expanded, model)
     selection = _selection(config, target_modules=expanded.target_modules)
     heads = classification_heads(model)
-    names = [str(name) for name in expanded.target_modules or () if name not in heads]
+    inside = tuple(f"{head}." for head in heads)
+    names = [str(name) for name in expanded.target_modules or () if not f"{name}.".startswith(inside)]
     names = [name for name in names if check_target_module_exists(selection, name)]
     parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     return {name for name in names if not reads_weight_directly(parents[name], name.rpartition(".")[2])}
@@ -174,16 +194,33 @@ def _matches(entry: str, config: GiftConfig, modules: dict[str, nn.Module]) -> l
 
 
 def _check_layer_indices(config: GiftConfig, names: Iterable[str]) -> None:
-    """Raise ValueError if layers_to_transform names a block in which no target was found."""
+    """Raise ValueError if a target is of none of the blocks of layers_to_transform, or a block there has no target.
+
+    PEFT adapts a layer that is named in full whatever its block, so what matches is asked without the block.
+    """
     if config.layers_to_transform is None:
         return
+    kinds = {kind for name in names if (kind := Target(name).kind) != name}
     wanted = [config.layers_to_transform] if isinstance(config.layers_to_transform, int) else config.layers_to_transform
-    for index in wanted:
-        selection = _selection(config, layers_to_transform=[index])
-        if not any(check_target_module_exists(selection, name) for name in names):
+    found = {
+        index: [
+            name
+            for name in names
+            if check_target_module_exists(_selection(config, layers_to_transform=[index], target_modules=kinds), name)
+        ]
+        for index in wanted
+    }
+    for index, of_block in found.items():
+        if not of_block:
             raise ValueError(
                 f"layers_to_transform names block {index}, but no target lies in it. Found: {sorted(names)[:8]}."
             )
+    outside = set(names) - {name for of_block in found.values() for name in of_block}
+    if outside:
+        raise ValueError(
+            f"target_modules names {min(outside)} in full, which is of none of the blocks {wanted} of "
+            "layers_to_transform. Leave one of the two out, or name layers without their block, such as 'attn.proj'."
+        )
 
 
 def _check_layer(model: nn.Module, name: str, parts: set[str | None]) -> None:
@@ -196,10 +233,10 @@ def _check_layer(model: nn.Module, name: str, parts: set[str | None]) -> None:
             f"target_modules selects {name}, a {type(layer).__name__}: GIFT adapts linear layers (nn.Linear, "
             f"transformers Conv1D). Write more of the name, or exclude it with exclude_modules=['{name}']."
         )
-    if not (layer.weight.is_floating_point() or is_quantised(layer)):
+    if layer.weight.dtype not in READABLE and not is_quantised(layer):
         raise ValueError(
-            f"{name} holds a weight of {layer.weight.dtype}: GIFT reads floating-point weights, and those quantised "
-            "by bitsandbytes (8 and 4 bit) or torchao."
+            f"{name} holds a weight of {layer.weight.dtype}: GIFT reads weights of 16, 32 and 64 bit floating point, "
+            "and those quantised by bitsandbytes (8 and 4 bit) or torchao."
         )
     if reads_weight_directly(parent, name.rpartition(".")[2]):
         raise ValueError(
