@@ -2,15 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import AutoModelForImageClassification
 from transformers.utils import logging
 
 from gift import SMALL_BACKBONE, GiftConfig
-from gift.adapters import load_adapter, normalised
+from gift.adapters import Classifier, load_adapter, normalised
 from gift.cli import main
+from gift.data.geometry import Geometry
+from gift.explain import command
 from tests.models import perturb
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -87,6 +91,53 @@ def test_score_refuses_an_adapter_without_clusters(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["score", str(tmp_path), "--count", "8"])
     assert "gift: " in capsys.readouterr().err
+
+
+def make_parts(folder, class_names):
+    """Write two images for every class, whose left half is an object."""
+    half = Image.fromarray(np.repeat(np.array([255, 0], np.uint8), 32)[None].repeat(64, 0))
+    for kind in ("images", "masks/thing"):
+        for name in class_names:
+            (folder / kind / name).mkdir(parents=True)
+            for number in range(2):
+                half.save(folder / kind / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def shortcuts_of(stored, tmp_path, monkeypatch):
+    """Return a function that gives the labels and class names with which shortcuts are looked for."""
+    seen = []
+    monkeypatch.setattr(command.Scorer, "score", lambda scorer: seen.append("scored") or [])
+    monkeypatch.setattr(command, "score_table", lambda rows: "")
+    monkeypatch.setattr(command, "find_shortcuts", lambda model, truth, *_: seen.append(truth.images) or [])
+
+    def shortcuts_of(class_names, data_classes=tuple("bcdefgh")):
+        if class_names is not None:
+            geometry = Geometry(size_px=64, mean=(0.5,) * 3, std=(0.5,) * 3)
+            Classifier(str(SMALL_BACKBONE), "gift", class_names, geometry).write(stored[0])
+        data = make_parts(tmp_path / "parts", data_classes)
+        try:
+            command.score_adapter(stored[0], data, 20, 0, shortcuts=True)
+        except ValueError:
+            assert seen == []  # nothing was scored in vain
+            raise
+        return seen[-1].labels[::2].tolist(), seen[-1].class_names
+
+    return shortcuts_of
+
+
+def test_shortcuts_are_those_of_the_class_of_that_name(shortcuts_of):
+    assert shortcuts_of(tuple("abcdefgh")) == ([1, 2, 3, 4, 5, 6, 7], tuple("abcdefgh"))
+
+
+def test_classes_without_names_are_those_of_the_same_number(shortcuts_of):
+    assert shortcuts_of(None, tuple("ijklmnop")) == ([*range(8)], tuple("ijklmnop"))
+
+
+def test_shortcuts_of_unknown_classes_are_refused_before_anything_is_scored(shortcuts_of):
+    with pytest.raises(ValueError, match=r"has 7 classes, and the head was trained for 8 .* does not know h: give"):
+        shortcuts_of(tuple("abcdefgx"))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ Without it (another program's adapter) classes have numbers, and the backbone sa
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,6 +46,29 @@ class Classifier:
     def write(self, folder: Path) -> None:
         """Write it beside the weights."""
         (folder / CLASSIFIER).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def numbers_of(self, class_names: Sequence[str], data: Path | str) -> list[int]:
+        """Return its number of every class of some data, found by name; by number where it has no names.
+
+        Args:
+            class_names: The classes of the data, in the order of their labels.
+            data: What to call the data.
+
+        Raises:
+            ValueError: If it does not know one of them.
+        """
+        known = {name: number for number, name in enumerate(self.class_names)}
+        unknown = [name for name in class_names if name not in known]
+        is_numbered = self.class_names == tuple(str(number) for number in range(len(known)))
+        if unknown and is_numbered and len(class_names) == len(known):
+            return list(range(len(known)))
+        if unknown:
+            raise ValueError(
+                f"{data} has {len(class_names)} classes, and the head was trained for {len(known)} "
+                f"({', '.join(self.class_names[:5])}, ...). It does not know {', '.join(unknown[:5])}"
+                f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}: give images of its own classes."
+            )
+        return [known[name] for name in class_names]
 
 
 @dataclass(frozen=True)

@@ -206,7 +206,8 @@ def score(
         seed: Of the images and of everything that is drawn.
         backbone: Name or folder of the backbone; by default what the adapter says.
         out: File for all figures, as JSON.
-        shortcuts: Whether to list clusters outside the object whose removal moves a logit; the data need labels.
+        shortcuts: Whether to list clusters outside the object whose removal moves a logit; the data need classes,
+            which are matched by name.
     """
     from gift.explain.command import score_adapter  # noqa: PLC0415
 

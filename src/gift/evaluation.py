@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from gift.adapters import Classifier, LoadedAdapter, load_adapter
+from gift.adapters import LoadedAdapter, load_adapter
 from gift.data.decoding import open_upright
 from gift.data.feeding import FeedingOptions, ImageItems
 from gift.data.geometry import Preparation
@@ -59,7 +59,7 @@ def evaluate_adapter(
     name = split or next(iter(there))
     if name not in there:
         raise ValueError(f"{data} has no {name} images, only {', '.join(there)}.")
-    labels = _labels_of(splits, loaded.classifier, data)
+    labels = loaded.classifier.numbers_of(splits.class_names, data)
     geometry = replace(loaded.classifier.geometry, augment="none")
     items = _Relabelled(ImageItems(there[name], geometry, False, FeedingOptions()), labels)
     return name, evaluate_model(loaded.model, items, loaded.classifier.class_names)
@@ -83,22 +83,6 @@ def _check_unchanged(run: Path, splits: Splits) -> None:
             f"The images of {run} have changed since it was trained, so that trained ones might be measured. Name the "
             "images to evaluate on (--data)."
         )
-
-
-def _labels_of(splits: Splits, classifier: Classifier, data: str) -> list[int]:
-    """Return the classifier's number of every class of the data, found by name; by number where it has no names."""
-    known = {name: number for number, name in enumerate(classifier.class_names)}
-    unknown = [name for name in splits.class_names if name not in known]
-    is_numbered = classifier.class_names == tuple(str(number) for number in range(len(known)))
-    if unknown and is_numbered and len(splits.class_names) == len(known):
-        return list(range(len(known)))
-    if unknown:
-        raise ValueError(
-            f"{data} has {len(splits.class_names)} classes, and the head was trained for {len(known)} "
-            f"({', '.join(classifier.class_names[:5])}, ...). It does not know {', '.join(unknown[:5])}"
-            f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''}: evaluate on images of its own classes."
-        )
-    return [known[name] for name in splits.class_names]
 
 
 class _Relabelled(torch.utils.data.Dataset):

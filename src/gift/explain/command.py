@@ -2,15 +2,15 @@
 
 import json
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gift.adapters import load_adapter
-from gift.data.parts import read_parts
-from gift.explain.clusters import explain_images
+from gift.adapters import Classifier, load_adapter
+from gift.data.parts import PartImages, read_parts
 from gift.explain.rows import ScoreOptions
 from gift.explain.scoring import MethodScore, Scorer
 from gift.explain.shortcuts import ShortcutOptions, check_truth, find_shortcuts
@@ -51,15 +51,16 @@ def score_adapter(
     """Return the tables of an adapter's scores in words; the arguments are those of `gift score`.
 
     Raises:
-        ValueError: If the adapter or the data cannot be read, there are fewer than 8 images, or the adapter has no
-            clusters.
+        ValueError: If the adapter or the data cannot be read, there are fewer than 8 images, the adapter has no
+            clusters, or shortcuts are asked for and it does not know a class of the data.
     """
     if out is not None and out.is_dir():
         raise ValueError(f"{out} is a folder: name a file for the figures.")
     loaded = load_adapter(adapter, backbone)
     truth = read_parts(data, loaded.image_size_px, count, seed)
     if shortcuts:  # before minutes are spent
-        check_truth(truth, explain_images(loaded.model, loaded.normalise(truth.images.pixels[:1])).logits.shape[1])
+        check_truth(truth)
+        truth = _with_classes_of(loaded.classifier, truth, data)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     rows = Scorer(loaded.model, truth, loaded.normalise, ScoreOptions(seed=seed)).score()
@@ -78,3 +79,13 @@ def score_adapter(
     if out is not None:
         out.write_text(json.dumps(record, indent=1) + "\n")
     return "\n".join(lines)
+
+
+def _with_classes_of(classifier: Classifier, truth: PartImages, data: Path | str) -> PartImages:
+    """Return images whose labels are the numbers of the classifier's logits; classes are matched by name."""
+    images = truth.images
+    numbers = classifier.numbers_of(images.class_names, data)
+    if numbers == list(range(len(numbers))):
+        return truth  # and the data may have names where the classifier has none
+    labels = np.array(numbers)[images.labels]
+    return replace(truth, images=replace(images, labels=labels, class_names=classifier.class_names))
