@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from timm.models import save_for_hf
 from transformers import AutoModelForImageClassification
 from transformers.utils import logging
 
@@ -60,6 +61,16 @@ def test_the_shipped_backbone_is_found_wherever_it_lay_when_the_adapter_was_made
     folder, logits = stored
     rewrite(folder, base_model_name_or_path=f"/elsewhere/{SMALL_BACKBONE.name}")
     assert torch.equal(load_adapter(folder).model(IMAGES).logits, logits)
+
+
+def test_models_for_timm_and_onnx_are_refused_with_what_to_do(tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(SMALL_BACKBONE, num_labels=3)
+    save_for_hf(model.timm_model, str(tmp_path / "timm"), safe_serialization=True)
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.onnx").touch()
+    for form, kind in (("timm", "a model for timm"), ("onnx", "a model for ONNX")):
+        with pytest.raises(ValueError, match=f"holds {kind}.*merge that with --format transformers"):
+            load_adapter(tmp_path / form)
 
 
 @pytest.mark.parametrize(

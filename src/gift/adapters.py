@@ -24,7 +24,8 @@ from gift.data.geometry import Geometry
 from gift.pretrained import load_backbone, quiet_loading, read_geometry
 from gift.tuner.saving import GENERATORS_KEY
 
-CLASSIFIER = "classifier.json"
+CLASSIFIER, ONNX_MODEL = "classifier.json", "model.onnx"
+OF_TRANSFORMERS = "name the run that it comes from, or merge that with --format transformers"
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,13 @@ def load_adapter(folder: Path | str, backbone: str | None = None) -> LoadedAdapt
     """Return the adapter of a folder on its backbone, which must be one for image classification.
 
     Args:
-        folder: As `save_pretrained` or `gift train` leaves it: the adapter, the whole model, or the run that holds it.
+        folder: As `save_pretrained`, `gift train` or `gift merge --format transformers` leaves it: the adapter, the
+            whole model, or the run that holds it.
         backbone: Name or folder of the backbone; by default what the adapter says it was trained on.
 
     Raises:
-        ValueError: If the folder holds no adapter with a classification head, or the backbone is not there.
+        ValueError: If the folder holds no adapter with a classification head, a model for timm or ONNX, or the backbone
+            is not there.
     """
     folder = find_adapter(Path(folder))
     known = read_classifier(folder)
@@ -144,6 +147,8 @@ def find_adapter(folder: Path) -> Path:
         weights = SAFETENSORS_WEIGHTS_NAME if (found / "adapter_config.json").exists() else SAFE_WEIGHTS_NAME
         if (found / weights).exists():
             return found
+    if (folder / ONNX_MODEL).exists():
+        raise ValueError(f"{folder} holds a model for ONNX, which only its own programs read: {OF_TRANSFORMERS}.")
     raise ValueError(
         f"{folder} holds no adapter that can be read: name the folder of a run of `gift train`, or one with "
         f"adapter_config.json and {SAFETENSORS_WEIGHTS_NAME}."
@@ -208,6 +213,12 @@ def _backbone_of(folder: Path) -> str:
 
 
 def _whole_model(folder: Path) -> PreTrainedModel:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no model that can be read: {error}.") from error
+    if "architecture" in config and "model_type" not in config:
+        raise ValueError(f"{folder} holds a model for timm, which only timm reads: {OF_TRANSFORMERS}.")
     try:
         with quiet_loading():
             return AutoModelForImageClassification.from_pretrained(str(folder)).eval()

@@ -16,7 +16,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, BitImageProcessor, PreTrainedModel
 
-from gift.adapters import LoadedAdapter, load_adapter
+from gift.adapters import ONNX_MODEL, LoadedAdapter, load_adapter
 from gift.data.geometry import FILTERS, Geometry
 from gift.explain.assignments import Assignments, explained_model, with_fingerprints
 from gift.pretrained import quiet_loading
@@ -191,10 +191,10 @@ def _to_onnx(merged: PreTrainedModel, loaded: LoadedAdapter, folder: Path) -> Ru
     )
     if program is None:
         raise ValueError("torch.onnx.export gave no program.")
-    program.save(str(folder / "model.onnx"))
+    program.save(str(folder / ONNX_MODEL))
     names = dict(enumerate(loaded.classifier.class_names))
     (folder / "labels.json").write_text(json.dumps(names, indent=2) + "\n")
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / ONNX_MODEL), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"pixel_values": images.numpy()})[0])
 
 
