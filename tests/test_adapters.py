@@ -63,6 +63,16 @@ def test_the_shipped_backbone_is_found_wherever_it_lay_when_the_adapter_was_made
     assert torch.equal(load_adapter(folder).model(IMAGES).logits, logits)
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"), [(["a", "b", "c"], ("a", "b", "c")), ([], ("LABEL_0", "LABEL_1", "LABEL_2"))]
+)
+def test_a_whole_model_of_timm_has_the_classes_of_its_configuration(names, expected, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(SMALL_BACKBONE, num_labels=3)
+    model.config.label_names = names
+    model.save_pretrained(tmp_path)
+    assert load_adapter(tmp_path).classifier.class_names == expected
+
+
 def test_models_for_timm_and_onnx_are_refused_with_what_to_do(tmp_path):
     model = AutoModelForImageClassification.from_pretrained(SMALL_BACKBONE, num_labels=3)
     save_for_hf(model.timm_model, str(tmp_path / "timm"), safe_serialization=True)

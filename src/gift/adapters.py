@@ -1,13 +1,15 @@
 """A stored adapter, or a whole fine-tuned model, back in memory: its classes, and what it takes images as.
 
 Beside the weights lies `classifier.json`, which `gift train` writes: classes, geometry of the images, backbone, method.
-Without it (another program's adapter) classes have numbers, and the backbone says how it takes images.
+Without it (another program's) an adapter's classes have numbers, a whole model names its own, and the backbone says how
+it takes images.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,9 +123,10 @@ def load_adapter(folder: Path | str, backbone: str | None = None) -> LoadedAdapt
     folder = find_adapter(Path(folder))
     known = read_classifier(folder)
     if not (folder / "adapter_config.json").exists():
-        return LoadedAdapter(_whole_model(folder), known or _guessed(folder, str(folder), "full"), folder)
+        model = _whole_model(folder)
+        return LoadedAdapter(model, known or _guessed(folder, str(folder), "full", _names_in(model)), folder)
     name = backbone or (known.backbone if known else _backbone_of(folder))
-    known = known or _guessed(folder, name, "adapter")
+    known = known or _guessed(folder, name, "adapter", _numbered_classes(folder))
     heads = _head_sizes(folder)
     if not heads:
         raise ValueError(f"{folder} holds an adapter without a head: train it with one, which is the default.")
@@ -173,22 +176,25 @@ def read_classifier(folder: Path) -> Classifier | None:
         raise ValueError(f"{path} is damaged: {error!r}. Take it from a copy of the run.") from error
 
 
-def _guessed(folder: Path, name: str, method: str) -> Classifier:
-    """Return what can be said without `classifier.json`: classes by number, geometry as the backbone says."""
-    if method == "full":
-        labels = json.loads((folder / "config.json").read_text()).get("id2label") or {}
-        names = tuple(str(labels[key]) for key in sorted(labels, key=int))
-    else:
-        sizes = sorted(set(_head_sizes(folder)))
-        if len(sizes) != 1:
-            raise ValueError(
-                f"{folder} must hold an adapter with one classification head, got heads of {sizes} classes."
-            )
-        names = tuple(str(number) for number in range(sizes[0]))
+def _guessed(folder: Path, name: str, method: str, class_names: tuple[str, ...]) -> Classifier:
+    """Return what can be said without `classifier.json`: geometry as the backbone says."""
     try:
-        return Classifier(name, method, names, read_geometry(name))
+        return Classifier(name, method, class_names, read_geometry(name))
     except OSError as error:
         raise ValueError(f"The backbone {name} of {folder} cannot be loaded: {error}. Name another.") from error
+
+
+def _numbered_classes(folder: Path) -> tuple[str, ...]:
+    sizes = sorted(set(_head_sizes(folder)))
+    if len(sizes) != 1:
+        raise ValueError(f"{folder} must hold an adapter with one classification head, got heads of {sizes} classes.")
+    return tuple(str(number) for number in range(sizes[0]))
+
+
+def _names_in(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the class names of a loaded model; the file of a timm model keeps them in words of its own."""
+    labels: dict[Any, Any] = model.config.id2label or {}
+    return tuple(str(labels[number]) for number in sorted(labels))
 
 
 def _head_sizes(folder: Path) -> list[int]:
