@@ -77,6 +77,18 @@ def test_a_known_winner_of_every_patch():
     assert label_maps(maps, names(3), [(1, 3)]).labels.tolist() == [[[0, 1, 2]]]
 
 
+def test_of_too_many_clusters_those_that_win_most_patches_stay():
+    """The last cluster wins two patches, every other one."""
+    maps = np.random.default_rng(2).normal(0, 0.01, (1, 301, 1, 302))
+    maps[0, np.arange(300), 0, np.arange(2, 302)] += 1
+    maps[0, 300, 0, [0, 1]] += 1
+    found = label_maps(maps, names(301), [(1, 302)])
+    responses = np.stack([standardised(of_cluster) for of_cluster in maps[0, :, 0]])
+    kept = [*range(255), 300]
+    assert found.names == tuple(f"L8/C{cluster}" for cluster in kept)
+    assert np.array_equal(found.labels[0, 0], responses[kept].argmax(axis=0))
+
+
 def test_near_duplicates_are_merged_and_named_together_before_the_winner_is_found():
     first, second = RNG.normal(size=(2, 4, 3, 3))
     twin = correlated(first, 0.95)
@@ -317,7 +329,6 @@ def test_maps_that_are_not_finite_are_refused_by_the_name_of_the_cluster(value):
         ({"maps": np.zeros((2, 0, 2, 2)), "names": []}, r"got maps of shape \(2, 0, 2, 2\)"),
         ({"largest_correlation": -0.1}, "between 0 and 1, got -0.1"),
         ({"largest_correlation": float("nan")}, "between 0 and 1, got nan"),
-        ({"maps": np.zeros((2, 257, 1, 1)), "names": names(257)}, "256 labels at most, got 257"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(change, message):

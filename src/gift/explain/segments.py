@@ -198,7 +198,8 @@ def label_maps(
     Clusters respond in ranges of their own, so every map is standardised over all patches of all images first. Clusters
     with almost the same map would share its patches at random: they are merged, and the mean of their standardised
     maps, standardised again, stands for them. A map that does not vary wins nowhere, unless none varies; of equal
-    responses the first wins.
+    responses the first wins. Of more groups than a palette has colours, the 256 that win most patches stay, and the
+    patches of the others go to whichever of them responds most.
 
     Args:
         maps: The maps of one layer, in any unit.
@@ -207,8 +208,7 @@ def label_maps(
         largest_correlation: Clusters whose maps correlate more are merged, see `group_duplicates`.
 
     Raises:
-        ValueError: If maps, names and sizes do not fit one another, the maps are none or not finite, or more than 256
-            labels are left.
+        ValueError: If maps, names and sizes do not fit one another, or the maps are none or not finite.
     """
     if len(names) != maps.shape[1]:
         raise ValueError(f"Give one name for each of the {maps.shape[1]} clusters, got {len(names)}.")
@@ -217,7 +217,12 @@ def label_maps(
     members = [np.flatnonzero(groups == group).tolist() for group in range(groups.max() + 1)]
     of_groups = standardised(np.stack([responses[each].mean(axis=0) for each in members]))
     varies = of_groups.any(axis=1, keepdims=True)
-    winners = np.where(varies, of_groups, -np.inf).argmax(axis=0)
+    contending = np.where(varies, of_groups, -np.inf)
+    winners = contending.argmax(axis=0)
+    if len(members) > MOST_LABELS:
+        wins = np.bincount(winners, minlength=len(members))
+        kept = np.sort(np.argsort(-wins, kind="stable")[:MOST_LABELS])
+        winners, members = contending[kept].argmax(axis=0), [members[group] for group in kept]
     batch, _, rows, columns = maps.shape
     merged = tuple(_group_name([names[cluster] for cluster in each]) for each in members)
     return LabelMaps(winners.reshape(batch, rows, columns), merged, tuple(sizes))
