@@ -214,6 +214,33 @@ def test_a_pass_that_fails_leaves_no_maps_of_an_earlier_image():
             recorded.maps  # noqa: B018
 
 
+def test_a_part_of_the_model_has_no_maps_neither_before_nor_after_a_call_of_the_whole():
+    model, pixels = adapt(make_vit()), make_images().double()
+    inner = model.base_model.model
+    with recording_maps(model) as recorded:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"blocks.0.attn.proj ran outside a call of the model.*call the model"):
+                inner.forward_features(pixels)
+            model(pixels)
+            assert recorded.maps.shape == (2, 2, 6, 4, 4)
+
+
+def test_a_head_that_is_adapted_is_still_said_to_have_no_maps():
+    backbone = ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=8))
+    model = adapt(backbone, target_modules=["classifier"], modules_to_save=[])
+    with pytest.raises(ValueError, match=r"classifier gave an output of shape .* it has no maps"):
+        explain_images(model, make_images().double())
+
+
+def test_maps_of_a_pass_whose_blocks_are_recomputed_are_those_of_the_pass():
+    model, pixels = adapt(make_vit()).train(), make_images().double()
+    expected = explain_images(model, pixels).maps
+    model.base_model.model.set_grad_checkpointing()
+    with recording_maps(model) as recorded:
+        model(pixels).sum().backward()
+    assert torch.allclose(recorded.maps.float(), torch.from_numpy(expected), atol=1e-5)
+
+
 def test_maps_are_computed_in_single_precision_under_autocast():
     model = adapt(make_vit(), generator_dtype="float32").float()
     with torch.autocast("cpu", torch.bfloat16), recording_maps(model) as recorded, torch.no_grad():

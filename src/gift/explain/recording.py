@@ -65,7 +65,7 @@ def recording_maps(
         reading: How the tokens are read.
 
     Raises:
-        ValueError: As for `explain_images`.
+        ValueError: As for `explain_images`; inside, if not the model itself is called but a part of it that has layers.
     """
     with plan_recording(model, layers, clusters, block, reading).recording() as recorded:
         yield recorded
@@ -156,7 +156,8 @@ def watched_tokens(
         start: Called before every pass.
 
     Raises:
-        ValueError: If the model is not a known backbone of image patches.
+        ValueError: If the model is not a known backbone of image patches; inside, if it is called without images, or
+            not itself but a part of it.
     """
     prefix_tokens(model)  # raises with the reason
     found = find_family(model)
@@ -176,19 +177,32 @@ def watched_tokens(
         images[:] = [(len(pixels), TokenLayout(model, by_layer, pixels.shape[2], pixels.shape[3]))]
 
     def read_output(name: str, output: Tensor) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return  # checkpointing recomputes, in the backward pass, what was read
+        if not images:
+            raise ValueError(
+                f"{name} ran outside a call of the model, so where its tokens lie is not known: call the model itself "
+                "on images, and no part of it such as `forward_features`."
+            )
         batch, layout = images[0]
         tokens = layout.lay_out(name, output, batch)
         for target in by_layer[name]:
             part = tokens if target.part is None else tokens.chunk(len(PARTS), dim=-1)[PARTS.index(target.part)]
             read(str(target), part)
 
-    hook = backbone.register_forward_pre_hook(look_at_images, with_kwargs=True)
+    # What lies outside the backbone, such as a head, runs after it.
+    outermost = backbone if all(name.startswith(found[0]) for name in by_layer) else model
+    hooks = [
+        backbone.register_forward_pre_hook(look_at_images, with_kwargs=True),
+        outermost.register_forward_hook(lambda *_: images.clear(), always_call=True),
+    ]
     try:
         uncompiled = torch.compiler.set_stance("force_eager")
         with uncompiled, watched({name: layers[name] for name in by_layer}, read_output):
             yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
