@@ -187,6 +187,15 @@ def test_a_damaged_file_of_options_is_passed_over(run, content):
     assert open_explorer(run, []).folders == {}
 
 
+def test_a_folder_of_tables_is_no_pictures_unless_it_is_asked_for(run, tmp_path):
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "train.parquet").touch()
+    (run / "config.yaml").write_text(f"data: {tmp_path / 'tables'}")
+    assert open_explorer(run, []).folders == {}
+    with pytest.raises(ValueError, match="tables is neither an image nor a folder with images"):
+        open_explorer(run, [tmp_path / "tables"])
+
+
 def test_pictures_with_too_many_pixels_are_refused_before_they_are_decoded(explorer, tmp_path):
     Image.new("1", (10_000, 4_001)).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match=r"x\.png is too large: 10000 x 4001 pixels, and 40000000 are allowed"):

@@ -326,14 +326,14 @@ def open_explorer(
     Args:
         adapter: Folder of a run or of an adapter.
         images: Folders of pictures to scale clusters by, to start from and to scan; by default those that the run was
-            trained on, if they lie in a folder that is still there.
+            trained on, if they lie as files in a folder that is still there.
         compare: Folder of another adapter.
         backbone: Name or folder of the backbone of both; by default what the adapters say.
 
     Raises:
         ValueError: If an adapter or the pictures cannot be read.
     """
-    folders = {str(path): picture_files([path]) for path in images or _trained_on(adapter)}
+    folders = {str(path): picture_files([path]) for path in images} if images else _trained_on(adapter)
     files = some_of_every_group([file for of_folder in folders.values() for file in of_folder], REFERENCE_PICTURES)
     sides = [_side(each, files, backbone) for each in (adapter, compare) if each is not None]
     return Explorer(sides, folders)
@@ -345,13 +345,13 @@ def _side(adapter: Path, files: Sequence[PictureFile], backbone: str | None) -> 
     return Side(viewer, viewer.see(pictures) if pictures else None)
 
 
-def _trained_on(adapter: Path) -> list[Path]:
-    """Return the folder of pictures that a run was trained on, if it says so and it is still there."""
+def _trained_on(adapter: Path) -> dict[str, list[PictureFile]]:
+    """Return the folder of pictures that a run was trained on, if it says so and it still holds pictures."""
     for folder in (adapter, adapter.parent):
         if (config := folder / "config.yaml").is_file():
             try:
-                data = yaml.safe_load(config.read_text())["data"]
-            except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
-                return []
-            return [Path(data)] if isinstance(data, str) and Path(data).is_dir() else []
-    return []
+                data = Path(yaml.safe_load(config.read_text())["data"])
+                return {str(data): picture_files([data])} if data.is_dir() else {}
+            except (yaml.YAMLError, KeyError, TypeError, ValueError):  # ValueError: a folder of tables, for example
+                return {}
+    return {}
