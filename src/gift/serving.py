@@ -61,24 +61,24 @@ def serving(
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and drawn pictures, gone at the end
         page = make_page(explorer)
         page.queue(max_size=MAX_WAITING, api_open=False)
-        _, url, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            auth=auth,
-            max_file_size=MAX_FILE_BYTES,
-            state_session_capacity=MAX_SESSIONS,
-            theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            css=CSS,
-            prevent_thread_lock=True,
-            quiet=True,
-            share=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            footer_links=[],
-        )
         try:
+            _, url, _ = page.launch(
+                server_name=f"[{host}]" if ":" in host else host,  # it makes the address of this
+                server_port=port,
+                auth=auth,
+                max_file_size=MAX_FILE_BYTES,
+                state_session_capacity=MAX_SESSIONS,
+                theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+                css=CSS,
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                footer_links=[],
+            )
             yield url, page
         finally:
             page.close(verbose=False)

@@ -55,6 +55,15 @@ def damaged_files(folder, count, seed=0):
     return sorted(folder.iterdir())
 
 
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
 def memory_mb(process):
     status = Path(f"/proc/{process}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
@@ -181,6 +190,13 @@ def test_others_are_let_in_only_with_a_password(own_run, monkeypatch, given):
     monkeypatch.setattr("getpass.getpass", lambda prompt: "")
     with pytest.raises(ValueError, match="password of ada must not be empty"), serving(explorer, "0.0.0.0", user="ada"):
         pass
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no address ::1")
+def test_it_can_be_reached_by_version_6_of_the_protocol(own_run, striped):
+    with serving(open_explorer(own_run, []), "::1") as (url, _):
+        assert url.startswith("http://[::1]:")
+        assert Session(url).open(striped / "test" / "down" / "0.png")[0] == "0.png"
 
 
 def test_no_other_file_can_be_read_and_no_address_is_fetched(own_run, striped, tmp_path):
