@@ -187,7 +187,7 @@ class _Page:
         asking = [self.opened, self.layer, self.selected, self.asked_for, *look]
         show = {"fn": self._show, "inputs": asking, "outputs": shown, **heavy}
         listed = [self.members, self.what, self.combination, self.known]
-        lists = {"fn": self._list, "inputs": [self.refs, self.selected], "outputs": listed, **heavy}
+        lists = {"fn": self._list, "inputs": [self.refs, self.selected, self.combination], "outputs": listed, **heavy}
         label_map = {"fn": self._show_labels, "inputs": [self.opened, self.layer, self.opacity]}
         label_map |= {"outputs": [self.labels, self.legend], **heavy}
         combination = {"fn": self._show_combination, "inputs": [self.opened, self.combination, *look]}
@@ -261,8 +261,8 @@ class _Page:
         return result
 
     @_answering
-    def _list(self, refs: list[str], selected: str) -> tuple:
-        """Return what can be chosen: of clusters, to scan for, of combinations, of names."""
+    def _list(self, refs: list[str], selected: str, shown: str | None) -> tuple:
+        """Return what can be chosen: of clusters, to scan for, of combinations, of names; `shown` may be gone."""
         names = self.explorer.viewer.names()
         clusters = [(names.label(ClusterRef.parse(label)), label) for label in dict.fromkeys([*refs, *names.clusters])]
         combinations = [*names.combinations]
@@ -270,7 +270,7 @@ class _Page:
         return (
             gr.Dropdown(clusters),
             gr.Dropdown([*clusters, *combinations], value=selected or None),
-            gr.Dropdown(combinations),
+            gr.Dropdown(combinations, value=shown if shown in combinations else None),
             gr.Dropdown(known, value=known[0] if known else None),
         )
 
@@ -294,8 +294,8 @@ class _Page:
 
     @_answering
     def _show_combination(self, opened: Opened | None, name: str | None, *look: Any) -> Any:
-        if opened is None or not name:
-            return None
+        if opened is None or name is None or name not in self.explorer.viewer.names().combinations:
+            return None  # somebody may have removed it
         return self.explorer.draw(opened, name, Look(*look)).drawn
 
     @_answering

@@ -166,6 +166,12 @@ def test_label_map_comparison_combination_and_scan(open_page, address, own_run, 
     page.locator("#forget").click()
     expect(page.locator("#known input")).not_to_have_value("both", timeout=WAIT_MS)
     assert ClusterNames.load(own_run / "adapter").combinations == {}
+    page.get_by_role("tab", name="Combine").click()
+    expect(page.locator("#combination input")).to_have_value("", timeout=WAIT_MS)  # it was shown
+    expect(page.locator("#combined img")).to_have_count(0)
+    set_slider(page, "opacity", 0.6)
+    page.wait_for_timeout(1000)
+    expect(page.locator(".toast-body")).to_have_count(0)
 
 
 def test_a_scan_can_be_stopped(open_page, own_run, picture, striped, monkeypatch):
