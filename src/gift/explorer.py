@@ -21,7 +21,8 @@ from gift.explain.render import COLOURS, OPACITY, Look
 
 ALL_LAYERS = "best of all layers"
 SCANS_AT_ONCE = 2
-KEPT_SECONDS = 1800  # how long drawn pictures and what somebody looks at are kept
+KEPT_SECONDS = 1800  # how long drawn pictures are kept, and what somebody looks at since it was last used
+PUT_AWAY = "The picture was put away after half an hour without use: open it again."
 CSS = ".grid-wrap { padding-top: 2.2em !important; max-height: none !important; }"  # below the label, and whole
 
 
@@ -184,14 +185,15 @@ class _Page:
         of_picture = [self.opened, self.picture, self.name_of_picture, self.with_adapter, self.without]
         shown = [self.cards, self.refs, self.selected, self.large, self.selected_label, self.new_name, self.asked_for]
         shown += [self.own_cards, self.other_cards, self.other_prediction] if self.compares else []
+        shown += [self.opened]  # what is returned is kept for as long again, here and below
         asking = [self.opened, self.layer, self.selected, self.asked_for, *look]
         show = {"fn": self._show, "inputs": asking, "outputs": shown, **heavy}
         listed = [self.members, self.what, self.combination, self.known]
         lists = {"fn": self._list, "inputs": [self.refs, self.selected, self.combination], "outputs": listed, **heavy}
         label_map = {"fn": self._show_labels, "inputs": [self.opened, self.layer, self.opacity]}
-        label_map |= {"outputs": [self.labels, self.legend], **heavy}
+        label_map |= {"outputs": [self.labels, self.legend, self.opened], **heavy}
         combination = {"fn": self._show_combination, "inputs": [self.opened, self.combination, *look]}
-        combination |= {"outputs": [self.combined], **heavy}
+        combination |= {"outputs": [self.combined, self.opened], **heavy}
 
         uploading = self.upload.upload(self._open, [self.upload], of_picture, **heavy)
         for over in (uploading.success, uploading.failure):  # there is room for the next one
@@ -244,9 +246,11 @@ class _Page:
         )
 
     @_answering
-    def _show(self, opened: Opened | None, layer: str, selected: str, asked_for: str, *look: Any) -> tuple:
+    def _show(self, opened: Opened | None, layer: str, selected: str, asked_for: str, *look: Any) -> Any:
         if opened is None:
-            return (gr.skip(),) * (10 if self.compares else 7)
+            if selected:
+                raise ValueError(PUT_AWAY)
+            return gr.skip()
         names, place, drawn = self.explorer.viewer.names(), self._place(layer), Look(*look)
         cards = self.explorer.cards(opened, place, drawn)
         refs = [str(card.ref) for card in cards]
@@ -258,7 +262,7 @@ class _Page:
         if self.compares:
             others = self.explorer.cards(opened, place, drawn, side=1)
             result += (_gallery(cards), _gallery(others), dict(opened.seen[1].predictions(0)))
-        return result
+        return (*result, opened)
 
     @_answering
     def _list(self, refs: list[str], selected: str, shown: str | None) -> tuple:
@@ -281,22 +285,25 @@ class _Page:
         return refs[int(event.index)]
 
     @_answering
-    def _show_labels(self, opened: Opened | None, layer: str, opacity: float | int) -> tuple:
+    def _show_labels(self, opened: Opened | None, layer: str, opacity: float | int) -> Any:
         if opened is None:
-            return None, ""
+            return gr.skip()  # `_show` says so
         found = self.explorer.draw_labels(opened, self._place(layer), opacity)
         lines = [
             f'<li><span style="background:{colour};padding:0 .7em;margin-right:.5em"></span>{html.escape(name)}, '
             f"{100 * share:.0f} %</li>"
             for name, colour, share in found.legend
         ]
-        return found.drawn, f"<p>Layer {html.escape(self.layers[found.layer])}</p><ul>{''.join(lines)}</ul>"
+        legend = f"<p>Layer {html.escape(self.layers[found.layer])}</p><ul>{''.join(lines)}</ul>"
+        return found.drawn, legend, opened
 
     @_answering
     def _show_combination(self, opened: Opened | None, name: str | None, *look: Any) -> Any:
-        if opened is None or name is None or name not in self.explorer.viewer.names().combinations:
-            return None  # somebody may have removed it
-        return self.explorer.draw(opened, name, Look(*look)).drawn
+        if name is None or name not in self.explorer.viewer.names().combinations:
+            return None, opened  # somebody may have removed it
+        if opened is None:
+            return gr.skip()
+        return self.explorer.draw(opened, name, Look(*look)).drawn, opened
 
     @_answering
     def _name(self, selected: str, name: str) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -176,6 +177,35 @@ def test_a_password_is_asked_for_every_request(own_run, striped, monkeypatch):
                 Session(url, login)
         picture = striped / "test" / "down" / "0.png"
         assert Session(url, ("ada", "correct horse")).open(picture)[0] == "0.png"
+
+
+def test_a_picture_is_put_away_half_an_hour_after_its_last_use_and_that_is_said(own_run, striped):
+    with serving(open_explorer(own_run, [striped / "test"])) as (url, page):
+        session = Session(url)
+        session.open(striped / "test" / "down" / "0.png")
+        state, functions = page.app.state_holder[session.hash], session.config["dependencies"]
+        values = {each["id"]: each["props"].get("value") for each in session.config["components"]}
+        opened = functions[session.function("upload", "upload")]["outputs"][0]
+        using = {tuple(each["outputs"]): each for each in functions if opened in each["inputs"]}
+
+        def wait(seconds):
+            for key, (time_to_live, since) in state._state_ttl.items():
+                state._state_ttl[key] = time_to_live, since - timedelta(seconds=seconds)
+            page.app.state_holder.delete_all_expired_state()
+
+        def use(function):
+            session.call(function["id"], [values[each] for each in function["inputs"]])
+
+        for function in using.values():
+            wait(1000)
+            use(function)
+        assert len(using) == 3  # clusters, label map, combination
+        wait(1000)
+        assert state[opened] is not None
+        wait(1000)
+        assert state[opened] is None
+        with pytest.raises(Refused, match="put away after half an hour without use: open it again"):
+            use(functions[session.function("layer", "change")])
 
 
 @pytest.mark.parametrize("given", ["", None])
