@@ -72,3 +72,12 @@ def test_the_walk_through_of_looking_runs(tmp_path, monkeypatch):
     walk(lines)
     assert (tmp_path / "explained" / "report.html").stat().st_size > 100_000
     assert len(list((tmp_path / "explained" / "classes").iterdir())) == 1  # what was explained before is replaced
+
+
+def test_every_program_that_is_named_is_there():
+    named = re.compile(r"\b(?:benchmarks|scripts|examples)/\w+\.py\b")
+    files = [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]
+    files += [file for folder in ("src", "tests", "benchmarks", "scripts") for file in (ROOT / folder).rglob("*.py")]
+    found = {(name, file.name) for file in files for name in named.findall(file.read_text())}
+    assert len(found) > 10
+    assert [each for each in sorted(found) if not (ROOT / each[0]).exists()] == []

@@ -273,7 +273,7 @@ def test_one_picture_takes_less_than_a_second(open_page, address, striped):
         seconds.append(time.perf_counter() - started)
     assert (
         min(seconds) < 3
-    )  # 1 second is meant, with the backbone that ships, on a quiet machine: benchmarks/explorer.py
+    )  # 1 second is meant, with the backbone that ships, on a quiet machine: benchmarks/looking.py
 
 
 def test_a_password_lets_nobody_past_without_it(open_page, own_run, picture, monkeypatch):

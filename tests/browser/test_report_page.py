@@ -197,4 +197,4 @@ def test_a_report_of_fifty_pictures_is_small_and_opens_fast(open_page, explained
     opened = ready(open_page((tmp_path / "report.html").as_uri()))
     seconds = time.perf_counter() - started
     assert opened.locator("#strip button").count() == 50
-    assert seconds < 10  # 2 seconds are meant, on a machine that does nothing else: benchmarks/report.py
+    assert seconds < 10  # 2 seconds are meant, on a machine that does nothing else: benchmarks/looking.py
