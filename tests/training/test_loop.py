@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageClassification
 
@@ -11,8 +12,10 @@ from gift import GiftConfig
 from gift.training.arguments import FinetuneOptions
 from gift.training.finetune import finetune
 from gift.training.loop import AdapterTrainer, TrainingDivergedError, make_optimizer
+from gift.training.saver import CheckpointSaver
 from tests.models import make_images
 from tests.training.killed_run import Stripes, make_backbone, train
+from tests.training.test_finetune import Killed, interrupt
 
 GIFT = {"r": 4, "num_clusters": 6}
 
@@ -141,6 +144,40 @@ def test_a_complete_full_run_is_loaded_and_not_repeated(tmp_path):
     first = run(tmp_path, "full")
     again = run(tmp_path, "full", train=Stripes(noise=0))
     assert torch.equal(again.model(make_images()).logits, first.model(make_images()).logits)
+
+
+def test_a_killed_full_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    options = {"evaluation": Stripes(9, noise=0), "learning_rate": 1e-3, "epochs": 3}
+    whole = run(tmp_path / "whole", "full", **options)
+    interrupt(monkeypatch, CheckpointSaver, "on_epoch_end", at=1)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", "full", **options)
+    continued = run(tmp_path / "killed", "full", **options)
+    assert largest_difference(weights(continued), weights(whole)) == 0
+    assert (tmp_path / "killed/model/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model/model.safetensors"
+    ).read_bytes()
+
+
+def test_the_best_epoch_of_a_full_run_is_its_result(tmp_path, monkeypatch):
+    accuracies = iter((0.5, 0.9, 0.1, 0.9))  # the last is of the result
+    monkeypatch.setattr("gift.training.finetune.accuracy", lambda _: {"accuracy": next(accuracies)})
+    options = {"learning_rate": 1e-3, "schedule": "constant_with_warmup", "warmup_ratio": 0.0}
+    best = run(tmp_path / "best", "full", evaluation=Stripes(9, noise=0), epochs=3, select_best=True, **options)
+    assert best.metrics["best_epoch"] == 2
+    two_epochs = run(tmp_path / "two", "full", epochs=2, **options)
+    assert largest_difference(weights(best), weights(two_epochs)) == 0
+
+
+def test_a_checkpoint_that_lacks_weights_of_the_model_is_refused(tmp_path, monkeypatch):
+    interrupt(monkeypatch, CheckpointSaver, "on_epoch_end", at=1)
+    with pytest.raises(Killed):
+        run(tmp_path, "full")
+    weights_file = tmp_path / "checkpoints" / "checkpoint-4" / "model.safetensors"
+    save_file({f"old.{name}": tensor for name, tensor in load_file(weights_file).items()}, weights_file)
+    with pytest.raises(ValueError, match=r"checkpoint in .* lacks vit\..* \(and \d+ more\).*--resume false"):
+        run(tmp_path, "full")
+    assert weights_file.exists()
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -84,6 +85,22 @@ class AdapterTrainer(Trainer):
         """Return what Trainer measures, of the moving average if there is one."""
         with nullcontext() if self.average is None else self.average.instead():
             return super().evaluate(*arguments, **named)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the weights of a checkpoint; a whole model's by its own names, not those that it is published with."""
+        if isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            self.model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)  # type: ignore[union-attr, operator]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise ValueError if a checkpoint is not the whole model: the rest would start anew."""
+        missing = load_result.missing_keys
+        if missing:
+            raise ValueError(
+                f"The latest checkpoint in {self.args.output_dir} lacks {missing[0]} (and {len(missing) - 1} more), so "
+                "the run cannot go on from it. Train anew with resume=False (--resume false), or in another output_dir."
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         wrong = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]  # type: ignore[union-attr]
