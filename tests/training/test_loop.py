@@ -11,7 +11,8 @@ from transformers import AutoModelForImageClassification
 from gift import GiftConfig
 from gift.training.arguments import FinetuneOptions
 from gift.training.finetune import finetune
-from gift.training.loop import AdapterTrainer, TrainingDivergedError, make_optimizer
+from gift.training.folder import COMPLETE
+from gift.training.loop import AdapterTrainer, TrainingDivergedError, make_optimizer, training_arguments
 from gift.training.saver import CheckpointSaver
 from tests.models import make_images
 from tests.training.killed_run import Stripes, make_backbone, train
@@ -189,6 +190,14 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_checkp
     assert kept.name == "checkpoint-8"
     assert not (tmp_path / "metrics.json").exists()
     assert not list(tmp_path.glob("adapter*"))
+
+
+def test_the_last_good_checkpoint_is_the_one_of_most_steps(tmp_path):
+    for step in (90, 100):
+        (tmp_path / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"checkpoint-{step}" / COMPLETE).write_text("{}")
+    arguments = training_arguments(tmp_path, FinetuneOptions(tmp_path, progress=False))
+    assert "checkpoint-100. Lower" in AdapterTrainer(make_backbone(), arguments)._diverged("The loss is nan")
 
 
 def test_parameters_that_are_not_finite_are_never_stored(tmp_path):

@@ -26,6 +26,7 @@ from gift.baselines.toast import feedback_reconstruction
 from gift.training.arguments import FinetuneOptions, check
 from gift.training.averaging import MovingAverage
 from gift.training.diversity import cluster_overlap
+from gift.training.folder import complete_checkpoints
 
 HEAD = ".modules_to_save."  # in the names of parameters of a PeftModel that are trained in full
 
@@ -115,8 +116,8 @@ class AdapterTrainer(Trainer):
             ) from error
 
     def _diverged(self, what: str) -> str:
-        complete = sorted(Path(self.args.output_dir or "").glob("checkpoint-*/complete.json"))
-        kept = f"the last good checkpoint is {complete[-1].parent}" if complete else "there is no checkpoint yet"
+        complete = complete_checkpoints(Path(self.args.output_dir or ""))
+        kept = f"the last good checkpoint is {complete[-1]}" if complete else "there is no checkpoint yet"
         return (
             f"{what} at step {self.state.global_step + 1} (epoch {self.state.epoch or 0:.2f} of "
             f"{self.args.num_train_epochs:g}), so training was stopped; {kept}. Lower learning_rate, or train in "
