@@ -61,6 +61,18 @@ def test_a_run_killed_while_saving_ends_with_the_same_result(options, at, tmp_pa
     assert continued.metrics["epochs"] == complete.metrics["epochs"]
 
 
+@pytest.mark.parametrize("options", [{}, {"ema": 0.8}])
+def test_a_continued_run_that_stops_early_ends_with_its_last_epoch(options, tmp_path, monkeypatch):
+    complete = train(tmp_path / "complete", patience=2, **NOISY, **options)
+    interrupt(monkeypatch, CheckpointSaver, "on_save", at=1)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", patience=2, **NOISY, **options)
+    continued = train(tmp_path / "killed", patience=2, **NOISY, **options)
+    assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "complete")
+    assert continued.metrics["accuracy"] == complete.metrics["accuracy"]
+    assert continued.metrics["epochs"] == complete.metrics["epochs"] < 8
+
+
 @pytest.mark.parametrize("options", [{}, {"select_best": True}, {"select_best": True, "ema": 0.8}])
 def test_a_run_killed_after_it_stopped_early_trains_no_further_step(options, tmp_path, monkeypatch):
     complete = train(tmp_path / "complete", patience=2, **NOISY, **options)

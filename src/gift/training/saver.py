@@ -19,7 +19,7 @@ class CheckpointSaver(TrainerCallback):
     next batch would be drawn before the checkpoint and not be drawn again after it.
 
     Attributes:
-        latest: The checkpoint that the run goes on from, or None.
+        latest: The latest checkpoint, which a run goes on from; None if there is none yet.
         best: Step, epoch and accuracy of the best evaluation so far, or None where nobody asks.
         stopped: Whether the last evaluations were no better for as long as patience lasts.
     """
@@ -59,9 +59,10 @@ class CheckpointSaver(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint as complete, and delete those that are not needed any more."""
         PartialState().wait_for_everyone()  # every process has written its random numbers
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        self.latest = str(checkpoint)
         if args.process_index:
             return
-        checkpoint = self.folder / f"checkpoint-{state.global_step}"
         sync(checkpoint)
         progress = {"seconds": self.seconds(), "best": self.best, "stopped": self.stopped}
         write(checkpoint / COMPLETE, json.dumps(progress))
