@@ -1,9 +1,14 @@
 import pytest
 
 from gift.benchmark import plan as module
-from gift.benchmark.benchmark import run_benchmark
+from gift.benchmark.benchmark import planned_searches, run_benchmark
+from gift.benchmark.methods import read_methods
 from gift.benchmark.options import room
 from gift.benchmark.plan import describe_plan, plan_benchmark
+from gift.benchmark.record import Record
+from gift.benchmark.runs import SEARCH_SEED
+from gift.benchmark.suites import SUITES
+from gift.benchmark.tasks import open_tasks
 from gift.cli import main
 from tests.benchmark.small import METHODS, small_options
 
@@ -46,6 +51,16 @@ def test_runs_that_are_done_are_not_counted_again(pictures, backbone, tmp_path):
     assert (plan.runs, plan.done, [cost.runs for cost in plan.costs]) == (8, 4, [0, 4])
     assert plan.costs[1].train_ms > plan.costs[1].predict_ms > 0
     assert plan.costs[0].hours == 0 < plan.hours
+
+
+def test_runs_on_drawn_tasks_that_are_done_are_not_counted_again(at_known_speed, backbone, tmp_path):
+    options = small_options(tmp_path / "out", tmp_path, backbone, folders=(), tasks=["digits"])
+    tasks = open_tasks(options.suite, options.tasks, (), options.data, SEARCH_SEED)
+    methods = read_methods(options.methods, SUITES[options.suite].protocol)
+    done = planned_searches(options, tasks, methods)[0]
+    options.out.mkdir()
+    Record(options.out).add(done.described())
+    assert plan_benchmark(options).done == 1
 
 
 def test_the_command_says_how_many_runs_and_hours(pictures, backbone, tmp_path, capsys):

@@ -120,7 +120,12 @@ def tasks_by_catalogue(suite: str, names: Sequence[str]) -> list[BenchmarkTask]:
     """Return tasks with the sizes that the catalogue gives them, whether their images are there or not."""
     rows = [TASKS[name] for name in names]
     drawn = SUITES[suite].drawn
-    return [BenchmarkTask(row.name, "", row.train, row.validation, drawn.get(row.name) or row.test) for row in rows]
+    tests = [drawn.get(row.name) or row.test for row in rows]
+    options = DRAWN_OPTIONS if drawn else {}
+    return [
+        BenchmarkTask(row.name, "", row.train, row.validation, test, options=options)
+        for row, test in zip(rows, tests, strict=True)
+    ]
 
 
 def _name(folder: Path) -> str:
