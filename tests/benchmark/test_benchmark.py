@@ -191,6 +191,23 @@ def test_a_run_that_cannot_be_done_is_named_when_all_others_are(pictures, backbo
     assert "| linear probe |" in (options.out / "table.md").read_text()
 
 
+def test_a_reference_of_which_every_run_failed_hides_no_failure_and_no_table(
+    pictures, backbone, tmp_path, monkeypatch, caplog
+):
+    def failing(run, out):
+        if run.method.name == METHODS[1]:
+            raise ValueError("x.png cannot be read.")
+        return perform(run, out)
+
+    monkeypatch.setattr(benchmark, "perform", failing)
+    options = small_options(tmp_path / "out", pictures, backbone, seeds=(0,), budget=1, reference=METHODS[1])
+    with pytest.raises(ValueError, match=r"1 of 3 runs failed: stripes/gift.*x.png cannot be read"):
+        run_benchmark(options)
+    assert f"The reference {METHODS[1]} has no test, so differences are taken to {METHODS[0]}." in caplog.messages
+    for name in ("validation.md", "table.md"):
+        assert "| linear probe |" in (options.out / name).read_text()
+
+
 def test_forgotten_weights_let_a_run_be_trained_again(pictures, backbone, tmp_path):
     task = {"data": str(pictures), "method": "linear-probe", "model": str(backbone)}
     run = final_run(method="linear-probe", model=task["model"], epochs=1, batch_size=8)

@@ -28,13 +28,24 @@ def _reference(lines: Sequence[Line], phase: str, given: str | None) -> str:
     return given or (REFERENCE if REFERENCE in methods or not methods else methods[0])
 
 
+def _reference_there(lines: Sequence[Line], phase: str, given: str | None) -> str:
+    if given is None or any(line["method"] == given for line in lines if line["phase"] == phase):
+        return _reference(lines, phase, given)
+    other = _reference(lines, phase, None)
+    logger.warning("The reference %s has no %s, so differences are taken to %s.", given, phase, other)
+    return other
+
+
 def write_outcome(lines: Sequence[Line], out: Path, reference: str | None) -> None:
-    """Write what the searches came to, and, if there is a test yet, table (Markdown, CSV) and plot (PNG, SVG)."""
+    """Write what the searches came to, and, if there is a test yet, table (Markdown, CSV) and plot (PNG, SVG).
+
+    Where no line is of the reference, all of its runs failed: another is taken then.
+    """
     if any(line["phase"] == SEARCH for line in lines):
-        write(out / "validation.md", validation_markdown(lines, _reference(lines, SEARCH, reference)))
+        write(out / "validation.md", validation_markdown(lines, _reference_there(lines, SEARCH, reference)))
     if not any(line["phase"] == TEST for line in lines):
         return
-    summary = summary_of(lines, reference)
+    summary = summary_of(lines, _reference_there(lines, TEST, reference))
     for kind, as_text in FORMATS.items():
         write(out / f"table{kind}", as_text(summary))
     if not any(row.scores[summary.mean].accuracy for row in summary.rows):
