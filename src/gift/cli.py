@@ -290,8 +290,9 @@ def benchmark(options: Any) -> None:
         print(describe_plan(plan_benchmark(options)))
         return
     run_benchmark(options, report=lambda text: print(text, flush=True))
-    print((options.out / ("validation.md" if options.search_only else "table.md")).read_text())
-    written = ["runs.jsonl", "validation.md", *(() if options.search_only else OUTCOME)]
+    names = ("runs.jsonl", "validation.md", *(() if options.search_only else OUTCOME))
+    written = [name for name in names if (options.out / name).exists()]
+    print((options.out / ("table.md" if "table.md" in written else "validation.md")).read_text())
     print(f"Wrote {options.out}: {', '.join(written)}")
 
 

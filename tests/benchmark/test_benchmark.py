@@ -238,6 +238,19 @@ def test_the_command_says_how_far_it_is_and_shows_the_table(complete, pictures, 
     assert "| GIFT paca r=4 M=6 |" in said
 
 
+def test_the_command_shows_the_searches_where_nothing_could_be_chosen(
+    pictures, backbone, tmp_path, monkeypatch, capsys
+):
+    diverging(monkeypatch, SEARCH)
+    words = ["--out", str(tmp_path / "out"), "--model", str(backbone), "--ray", "none", "--folders", str(pictures)]
+    words += ["--tasks", pictures.name, "--epochs", "1", "--budget", "2", "--methods", METHODS[1]]
+    main(["benchmark", "offline", *words])
+    said = capsys.readouterr().out
+    assert "no try came to an end that could be chosen" in said
+    assert "| GIFT paca r=4 M=6 |" in said
+    assert said.endswith(f"Wrote {tmp_path / 'out'}: runs.jsonl, validation.md\n")
+
+
 def test_tables_and_plots_are_made_of_results(complete, tmp_path, capsys):
     out, _, _ = complete
     main(["benchmark", "table", str(out), "--reference", METHODS[1]])
