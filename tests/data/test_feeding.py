@@ -123,8 +123,17 @@ def test_damaged_images_are_left_out_if_so_asked(tmp_path, caplog, memory_bytes)
 
 def test_a_class_that_is_left_without_images_is_named(tmp_path):
     rows = write(tmp_path, {1: "cut off", 3: "cut off", 5: "empty"})
-    with pytest.raises(ValueError, match="All images of the classes odd are damaged"):
+    with pytest.raises(ValueError, match="All training images of the classes odd are damaged"):
         ImageItems(rows, geometry(), True, FeedingOptions(**SKIP))
+
+
+def test_a_class_without_images_to_measure_on_is_said_and_no_images_at_all_are_refused(tmp_path, caplog):
+    rows = write(tmp_path, {1: "cut off", 3: "cut off", 5: "empty"})
+    assert ImageItems(rows, geometry(), False, FeedingOptions(**SKIP)).labels == [0, 0, 0]
+    assert "No image of the classes odd is left to measure on." in caplog.messages
+    rows = write(tmp_path, dict.fromkeys(range(6), "empty"))
+    with pytest.raises(ValueError, match=r"All images to measure on are damaged: .*the file is empty"):
+        ImageItems(rows, geometry(), False, FeedingOptions(**SKIP))
 
 
 def test_an_image_far_longer_than_wide_is_named(tmp_path):

@@ -60,8 +60,8 @@ class ImageItems(Dataset[dict[str, Any]]):
 
     Raises:
         ValueError: If an image is damaged, animated, too large, or has more than 8 bits a channel, and damaged ones are
-            not skipped; or if a class is left without images. Of images that are not kept only the headers are read at
-            once: one that is cut off is refused when it is read.
+            not skipped; or if a class is left without images while `train`, or all are. Of images that are not kept
+            only the headers are read at once: one that is cut off is refused when it is read.
     """
 
     def __init__(self, split: datasets.Dataset, geometry: Geometry, train: bool, feeding: FeedingOptions) -> None:
@@ -77,7 +77,7 @@ class ImageItems(Dataset[dict[str, Any]]):
         self.chosen = chosen  # the row of every item
         self.labels: list[int] = [labels[index] for index in chosen]
         _report_kinds(Counter(headers[index][1] for index in chosen))
-        self._report_skipped(split.features["label"].names, set(labels) - set(self.labels))
+        self._report_skipped(split.features["label"].names, set(labels) - set(self.labels), train)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -139,12 +139,17 @@ class ImageItems(Dataset[dict[str, Any]]):
             self.skipped.append((name, str(problem)))
         return {row: result for row, result in results.items() if not isinstance(result, ValueError)}
 
-    def _report_skipped(self, class_names: Sequence[str], lost: set[int]) -> None:
+    def _report_skipped(self, class_names: Sequence[str], lost: set[int], train: bool) -> None:
         for name, reason in self.skipped:
             logger.warning("%s is left out: %s", name, reason)
-        if lost:
-            names = several([class_names[label] for label in sorted(lost)])
-            raise ValueError(f"All images of the classes {names} are damaged: {self.skipped[0][1]}")
+        if not lost:
+            return
+        names = several([class_names[label] for label in sorted(lost)])
+        if train:
+            raise ValueError(f"All training images of the classes {names} are damaged: {self.skipped[0][1]}")
+        if not self.labels:
+            raise ValueError(f"All images to measure on are damaged: {self.skipped[0][1]}")
+        logger.warning("No image of the classes %s is left to measure on.", names)
 
 
 class _KeptImages:
