@@ -75,6 +75,21 @@ def test_what_cannot_be_evaluated_is_said(given, message, trained):
         evaluate_adapter(**({"adapter": trained[1]} | given))
 
 
+def test_damaged_images_are_left_out_as_in_training_or_where_so_asked(trained, tmp_path, capsys):
+    _, run, result = trained
+    pictures = copy_of(trained[0], tmp_path / "pictures")
+    (pictures / "test" / "down" / "0.png").write_bytes(b"")
+    options = {"data": str(pictures), "model": str(make_backbone(tmp_path / "backbone")), "progress": False}
+    own = train(TrainOptions(output_dir=str(tmp_path / "run"), epochs=1, skip_damaged=True, **options))
+    assert evaluate_adapter(tmp_path / "run")[1].confusion == own.evaluations["test"].confusion
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--data", str(pictures)])
+    assert "--skip_damaged true" in capsys.readouterr().err
+    main(["evaluate", str(run), "--data", str(pictures), "--skip_damaged", "true"])
+    assert "of 23 images" in capsys.readouterr().out
+    assert result.evaluations["test"].images == 24
+
+
 def test_an_adapter_alone_does_not_know_its_images(trained, tmp_path):
     alone = copy_of(trained[1] / "adapter", tmp_path / "alone")
     with pytest.raises(ValueError, match="no folder of `gift train`"):

@@ -44,6 +44,7 @@ def evaluate(
     backbone: str | None = None,
     root: Path = Path("data"),
     out: Path | None = None,
+    skip_damaged: bool = False,
 ) -> None:
     """Measure a fine-tuned model on labelled images, e.g. `gift evaluate runs/flowers --data other-flowers`.
 
@@ -56,10 +57,12 @@ def evaluate(
         backbone: Name or folder of the backbone; by default what the adapter says.
         root: Folder where torchvision's sets are.
         out: File for all figures, as JSON.
+        skip_damaged: Whether to leave out images that cannot be read, and say which; those of the run are left out
+            anyway if it was trained so.
     """
     from gift.evaluation import describe_evaluation, evaluate_adapter  # noqa: PLC0415
 
-    name, evaluation = evaluate_adapter(adapter, data, split, backbone, root)
+    name, evaluation = evaluate_adapter(adapter, data, split, backbone, root, skip_damaged)
     if out is not None:
         evaluation.write(out)
     print(describe_evaluation(name, evaluation))

@@ -31,6 +31,7 @@ def evaluate_adapter(
     split: str | None = None,
     backbone: str | None = None,
     root: Path | str = "data",
+    skip_damaged: bool = False,
 ) -> tuple[str, Evaluation]:
     """Return which split was measured, and how well a stored classifier predicts it.
 
@@ -41,9 +42,12 @@ def evaluate_adapter(
         split: `test`, `validation` or `train`; by default the first of these that there is.
         backbone: Name or folder of the backbone; by default what the adapter says.
         root: Folder where torchvision's sets are.
+        skip_damaged: Whether to leave out images that cannot be read, and say which; those of the run are left out
+            anyway if it was trained so.
 
     Raises:
-        ValueError: If there is no such split, or the data have a class that the classifier does not know.
+        ValueError: If there is no such split, the data have a class that the classifier does not know, or an image is
+            damaged and not left out.
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
@@ -51,7 +55,8 @@ def evaluate_adapter(
     options = SplitOptions(validation_share=0, root=root)
     own = data is None
     if data is None:
-        data, options = _data_of_run(loaded.folder.parent)
+        data, options, skipped_then = _data_of_run(loaded.folder.parent)
+        skip_damaged = skip_damaged or skipped_then
     splits = read_splits(data, options)
     if own:
         _check_unchanged(loaded.folder.parent, splits)
@@ -61,11 +66,13 @@ def evaluate_adapter(
         raise ValueError(f"{data} has no {name} images, only {', '.join(there)}.")
     labels = loaded.classifier.numbers_of(splits.class_names, data)
     geometry = replace(loaded.classifier.geometry, augment="none")
-    items = _Relabelled(ImageItems(there[name], geometry, False, FeedingOptions()), labels)
+    feeding = FeedingOptions(skip_damaged=skip_damaged)
+    items = _Relabelled(ImageItems(there[name], geometry, False, feeding), labels)
     return name, evaluate_model(loaded.model, items, loaded.classifier.class_names)
 
 
-def _data_of_run(run: Path) -> tuple[str, SplitOptions]:
+def _data_of_run(run: Path) -> tuple[str, SplitOptions, bool]:
+    """Return the images of a run, how they were split, and whether damaged ones were left out."""
     path = run / "config.yaml"
     if not path.exists():
         raise ValueError(
@@ -73,7 +80,7 @@ def _data_of_run(run: Path) -> tuple[str, SplitOptions]:
         )
     config = yaml.safe_load(path.read_text())
     names = ("validation", "test", "root", "validation_share", "train_on_validation", "seed")
-    return config["data"], SplitOptions(**{name: config[name] for name in names})
+    return config["data"], SplitOptions(**{name: config[name] for name in names}), config["skip_damaged"]
 
 
 def _check_unchanged(run: Path, splits: Splits) -> None:
