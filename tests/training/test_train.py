@@ -134,6 +134,16 @@ def test_a_run_that_was_killed_before_its_last_files_gets_them(pictures, backbon
     assert (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_a_complete_run_keeps_what_it_was_trained_with(pictures, backbone, tmp_path, monkeypatch):
+    run(pictures, backbone, tmp_path / "run")
+    about = (tmp_path / "run" / "run_of.json").read_text()
+    monkeypatch.setattr(train_file, "package_commit", lambda: "of today")
+    run(pictures, backbone, tmp_path / "run")
+    assert (tmp_path / "run" / "run_of.json").read_text() == about
+    run(pictures, backbone, tmp_path / "run", resume=False)
+    assert json.loads((tmp_path / "run" / "run_of.json").read_text())["commit"] == "of today"
+
+
 def test_a_head_for_other_classes_is_replaced_and_one_that_fits_is_kept(pictures, backbone, tmp_path):
     fitting = make_backbone(tmp_path / "fitting", num_labels=3)
     result = run(pictures, fitting, tmp_path / "run", learning_rate=0.0, method="full", method_options={})

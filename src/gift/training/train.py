@@ -6,7 +6,7 @@ Beside what `gift.training.folder` lists, the folder holds
     config.yaml      every option, for `gift train --config`
     evaluation.json  accuracy, classes, confusions and calibration on the validation and the test images
     curves.png       losses and accuracies by epoch
-    run_of.json      versions, commit, seed, what the data were
+    run_of.json      versions and commit when it was trained, seed, what the data were
 """
 
 import hashlib
@@ -38,6 +38,8 @@ from gift.training.finetune import PACKAGES, finetune
 from gift.training.folder import write
 from gift.training.metrics import Evaluation, evaluate_model
 from gift.training.options import TrainOptions, add_train_arguments
+
+ABOUT = "run_of.json"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def train(options: TrainOptions, after_epoch: Callable[[int, float], None] | Non
     classifier = Classifier(portable_name(options.model), options.method, splits.class_names, geometry)
     about = _about(options, splits, classifier)
     surroundings = Surroundings(about, lambda folder: _write_beside(folder, classifier), after_epoch)
-    told = finetune_options(options)
+    told, folder = finetune_options(options), Path(options.output_dir)
+    was_complete = options.resume and (folder / "metrics.json").exists()
     run = finetune(backbone, config, items["train"], items.get("validation"), told, surroundings)
     if not PartialState().is_main_process:  # under torchrun one process tests and writes
         return TrainResult(run, {}, (), splits.notes)
@@ -99,7 +102,9 @@ def train(options: TrainOptions, after_epoch: Callable[[int, float], None] | Non
     }
     skipped = tuple(one for of_split in items.values() for one in of_split.skipped)
     result = TrainResult(run, evaluations, skipped, splits.notes)
-    _write_folder(Path(options.output_dir), options, splits, classifier, result)
+    _write_folder(folder, options, splits, classifier, result)
+    if not (was_complete and (folder / ABOUT).exists()):  # it says what the run was trained with
+        write(folder / ABOUT, json.dumps(_describe(options, splits, result), indent=2))
     return result
 
 
@@ -121,7 +126,6 @@ def _write_folder(
     write(folder / "config.yaml", _as_yaml(options))
     evaluations = {name: asdict(evaluation) for name, evaluation in result.evaluations.items()}
     write(folder / "evaluation.json", json.dumps(evaluations, indent=2))
-    write(folder / "run_of.json", json.dumps(_describe(options, splits, result), indent=2))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     draw_curves(log, folder / "curves.png")
 
