@@ -120,6 +120,18 @@ def test_predictions_are_those_of_the_model_in_the_order_of_the_paths(trained):
     assert [share for _, share in predictions[5].classes] == pytest.approx(shares[best].tolist(), abs=1e-6)
 
 
+def test_an_accelerator_is_used_where_there_is_one(trained, monkeypatch):
+    pictures, run, result = trained
+    loaded, moved = load_adapter(run), []
+    monkeypatch.setattr("gift.evaluation.load_adapter", lambda *_: loaded)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(loaded.model, "to", moved.append)
+    assert evaluate_adapter(run)[1].confusion == result.evaluations["test"].confusion
+    assert len(predict_images(run, pictures / "test")) == 24
+    assert moved == [torch.device("cuda")] * 2
+
+
 def test_what_cannot_be_read_is_a_line_of_the_csv_that_says_why(trained, tmp_path, capsys):
     pictures, run, _ = trained
     folder = copy_of(pictures / "test" / "down", tmp_path / "mixed")

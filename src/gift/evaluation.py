@@ -51,7 +51,7 @@ def evaluate_adapter(
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"Unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
-    loaded = load_adapter(adapter, backbone)
+    loaded = _load(adapter, backbone)
     options = SplitOptions(validation_share=0, root=root)
     own = data is None
     if data is None:
@@ -69,6 +69,14 @@ def evaluate_adapter(
     feeding = FeedingOptions(skip_damaged=skip_damaged)
     items = _Relabelled(ImageItems(there[name], geometry, False, feeding), labels)
     return name, evaluate_model(loaded.model, items, loaded.classifier.class_names)
+
+
+def _load(adapter: Path | str, backbone: str | None) -> LoadedAdapter:
+    """Return a stored classifier, on the accelerator if there is one."""
+    loaded = load_adapter(adapter, backbone)
+    if torch.accelerator.is_available():
+        loaded.model.to(torch.accelerator.current_accelerator())
+    return loaded
 
 
 def _data_of_run(run: Path) -> tuple[str, SplitOptions, bool]:
@@ -165,7 +173,7 @@ def predict_images(
     """
     check_number("top", top, smallest=1, whole=True)
     files = [file.path for file in picture_files([images])]
-    loaded = load_adapter(adapter, backbone)
+    loaded = _load(adapter, backbone)
     predictions = []
     for start in range(0, len(files), batch_size):
         predictions += _predict(loaded, files[start : start + batch_size], images, top)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gift.training.loop import TrainingDivergedError
-from gift.training.metrics import calibration_error, evaluate_model, score_logits
+from gift.training.metrics import calibration_error, evaluate_model, predict_logits, score_logits
 
 LOGITS = torch.tensor([[3.0, 1, 0], [0, 2, 1], [2, 1, 0], [0, 0, 5], [1, 0, 2], [0, 3, 1]], dtype=torch.float64)
 LABELS = torch.tensor([0, 1, 1, 2, 0, 1])
@@ -69,6 +69,24 @@ def test_a_model_is_evaluated_on_all_images_in_order_and_the_figures_can_be_writ
     assert score.milliseconds_per_image > 0
     score.write(tmp_path / "deep" / "score.json")
     assert json.loads((tmp_path / "deep" / "score.json").read_text())["images"] == 6
+
+
+def test_images_are_read_by_as_many_processes_as_are_asked_for():
+    class OfWorkers(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            worker = torch.utils.data.get_worker_info()
+            return {"pixel_values": torch.full((3,), float(index)), "labels": -1 if worker is None else worker.id}
+
+    class Same(torch.nn.Linear):
+        def forward(self, pixel_values):
+            return SimpleNamespace(logits=pixel_values)
+
+    alone, two = (predict_logits(Same(1, 1), OfWorkers(), 2, workers) for workers in (0, 2))
+    assert torch.equal(alone[0], two[0])
+    assert (alone[1].tolist(), two[1].tolist()) == ([-1] * 4, [0, 0, 1, 1])
 
 
 def test_logits_that_are_not_finite_are_said_to_be_so():

@@ -144,6 +144,13 @@ def test_a_complete_run_keeps_what_it_was_trained_with(pictures, backbone, tmp_p
     assert json.loads((tmp_path / "run" / "run_of.json").read_text())["commit"] == "of today"
 
 
+def test_the_processes_that_read_images_read_those_to_measure_on_too(pictures, backbone, tmp_path, monkeypatch):
+    evaluate_model, workers = train_file.evaluate_model, []
+    monkeypatch.setattr(train_file, "evaluate_model", lambda *given: workers.append(given[4]) or evaluate_model(*given))
+    run(pictures, backbone, tmp_path / "run", workers=1)
+    assert workers == [1, 1]
+
+
 def test_a_head_for_other_classes_is_replaced_and_one_that_fits_is_kept(pictures, backbone, tmp_path):
     fitting = make_backbone(tmp_path / "fitting", num_labels=3)
     result = run(pictures, fitting, tmp_path / "run", learning_rate=0.0, method="full", method_options={})

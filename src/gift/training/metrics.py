@@ -65,7 +65,9 @@ class Evaluation:
         write(path, json.dumps(asdict(self), indent=2) + "\n")
 
 
-def evaluate_model(model: nn.Module, items: Items, class_names: tuple[str, ...], batch_size: int = 64) -> Evaluation:
+def evaluate_model(
+    model: nn.Module, items: Items, class_names: tuple[str, ...], batch_size: int = 64, workers: int = 0
+) -> Evaluation:
     """Return how well a model predicts some images.
 
     Args:
@@ -73,12 +75,13 @@ def evaluate_model(model: nn.Module, items: Items, class_names: tuple[str, ...],
         items: As `gift.finetune` takes them.
         class_names: Names of the classes, in the order of the logits.
         batch_size: Images at once.
+        workers: Processes that read images; 0 reads them in this one.
 
     Raises:
         TrainingDivergedError: If a logit is not finite.
     """
     started = time.perf_counter()
-    logits, labels = predict_logits(model, items, batch_size)
+    logits, labels = predict_logits(model, items, batch_size, workers)
     wrong = int((~torch.isfinite(logits)).any(dim=1).sum())
     if wrong:
         raise TrainingDivergedError(
@@ -91,12 +94,12 @@ def evaluate_model(model: nn.Module, items: Items, class_names: tuple[str, ...],
 
 @torch.no_grad()
 def predict_logits(
-    model: nn.Module, items: Items, batch_size: int = 64
+    model: nn.Module, items: Items, batch_size: int = 64, workers: int = 0
 ) -> tuple[Float[Tensor, "images classes"], Int[Tensor, " images"]]:
     """Return the logits of a model in evaluation mode, and the labels, in the order of the images."""
     device = next(model.parameters()).device
     logits, labels = [], []
-    for batch in DataLoader(items, batch_size):  # type: ignore[arg-type]
+    for batch in DataLoader(items, batch_size, num_workers=workers):  # type: ignore[arg-type]
         logits.append(model(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu())
         labels.append(batch["labels"])
     return torch.cat(logits), torch.cat(labels)

@@ -96,7 +96,7 @@ def train(options: TrainOptions, after_epoch: Callable[[int, float], None] | Non
         return TrainResult(run, {}, (), splits.notes)
 
     evaluations = {
-        name: evaluate_model(run.model, items[name], splits.class_names, options.batch_size)
+        name: evaluate_model(run.model, items[name], splits.class_names, options.batch_size, options.workers)
         for name in ("validation", "test")
         if name in items
     }
