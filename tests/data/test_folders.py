@@ -48,6 +48,17 @@ def test_a_class_called_train_with_folders_inside_is_no_split(tmp_path):
     assert (listing.class_names, len(listing.splits["train"])) == (("bus", "car", "train"), 12)
 
 
+@pytest.mark.parametrize("name", [b"b/caf\xe9.png", b"caf\xe9/0.png"])
+def test_a_name_that_is_not_utf_8_is_said(name, tmp_path):
+    fill(tmp_path, ("a", "b"), count=1)
+    path = os.path.join(os.fsencode(tmp_path), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        picture().save(file, "PNG")
+    with pytest.raises(ValueError, match=r"The name of .*caf\ufffd.* is not UTF-8: rename the file, or its folder\."):
+        list_folder(tmp_path)
+
+
 def test_hidden_files_and_those_of_the_system_are_no_images(tmp_path):
     fill(tmp_path, ("a", "b"), count=1)
     for name in ("a/.hidden.png", "a/Thumbs.db", "b/desktop.ini", "__MACOSX/a/x.png", ".git/a/x.png", "a/.cache/x.png"):

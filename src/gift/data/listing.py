@@ -9,6 +9,8 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from jaxtyping import Int
 
+from gift.data.pictures import printable
+
 SPLITS = ("train", "trainval", "validation", "test")  # `trainval` is both at once, where a source lists it by itself
 SPLIT_OF = {  # by what files and folders are called
     **dict.fromkeys(("train", "training", "train-standard"), "train"),
@@ -64,10 +66,18 @@ def listed(
         images: Files, or images as the column holds them. Where there are bytes, the path is a name for messages.
         labels: Number of the class of each.
         class_names: In the order of their numbers.
+
+    Raises:
+        ValueError: If a path is not UTF-8.
     """
     column = [image if isinstance(image, dict) else {"path": str(image), "bytes": None} for image in images]
     features = Features({"image": ImageFeature(decode=False), "label": ClassLabel(names=list(class_names))})
-    return Dataset.from_dict({"image": column, "label": list(labels)}, features=features)
+    try:
+        return Dataset.from_dict({"image": column, "label": list(labels)}, features=features)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The name of {printable(error.object)} is not UTF-8: rename the file, or its folder."
+        ) from error
 
 
 def labels_of(rows: Dataset) -> Int[np.ndarray, " rows"]:
