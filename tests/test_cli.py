@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gift.baselines.methods import method_names
 from gift.cli import COMMANDS, main
 from gift.training.options import TrainOptions
 
@@ -101,7 +102,9 @@ def test_print_config_shows_a_recipe_with_everything(capsys):
 
 def test_methods_and_tasks_are_listed(capsys):
     main(["methods"])
-    assert "toast-lite" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert set(method_names()) <= set(printed.replace(",", " ").split())
+    assert {"toast-lite", "ia3"} <= set(method_names())
     main(["data", "tasks"])
     assert len(capsys.readouterr().out.splitlines()) == 27
 

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,10 +32,11 @@ def train(options: Any) -> None:
 
 def methods() -> None:
     """List what `--method` can be, e.g. `gift methods`."""
-    from gift.baselines.methods import METHODS  # noqa: PLC0415
+    from gift.baselines.methods import METHODS, method_names  # noqa: PLC0415
 
     for name, description in METHODS.items():
         print(f"{name:<14}{description}")
+    print(textwrap.fill(f"Further ones of PEFT: {', '.join(method_names()[len(METHODS) :])}", 100))
 
 
 def evaluate(

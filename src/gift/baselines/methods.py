@@ -101,7 +101,8 @@ def method_config(
         raise ValueError(f"The options of {name} do not fit together: {error}.") from error
 
 
-def _names() -> list[str]:
+def method_names() -> list[str]:
+    """Return the names of all methods: those of `METHODS`, then the others of PEFT that work on image classifiers."""
     types = {peft_type.value.lower() for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING}
     return [*METHODS, *sorted(name for name in types - set(METHODS) if _reason_against(name) is None)]
 
@@ -118,8 +119,8 @@ def _check_can_be_used(name: str) -> None:
     if reason is not None:
         raise ValueError(f"{name} cannot train an image classifier: it {reason}.")
     if name not in METHODS and name.upper() not in set(PeftType):
-        nearest = _nearest(name, list(METHODS)) or _nearest(name, _names())
-        raise ValueError(f"There is no method {name!r}.{nearest} Methods: {', '.join(_names())}.")
+        nearest = _nearest(name, list(METHODS)) or _nearest(name, method_names())
+        raise ValueError(f"There is no method {name!r}.{nearest} Methods: {', '.join(method_names())}.")
 
 
 def _check_options(name: str, options: Mapping[str, Any], known: set[str], fixed: Mapping[str, Any]) -> None:
