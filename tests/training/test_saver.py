@@ -19,6 +19,13 @@ def accuracies(folder):
     return [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
 
 
+def result_logged(folder):
+    """Return the epoch and the step under which the result's evaluation, the last line, is logged."""
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    assert "eval_accuracy" in last
+    return last["epoch"], last["step"]
+
+
 @pytest.mark.parametrize("ema", [0, 0.9])
 def test_the_best_epoch_is_the_result_the_first_of_several(ema, tmp_path):
     last = train(tmp_path / "last", ema=ema, **NOISY)
@@ -28,6 +35,8 @@ def test_the_best_epoch_is_the_result_the_first_of_several(ema, tmp_path):
     assert best.metrics["best_epoch"] == of_epochs.index(max(of_epochs)) + 1
     assert best.metrics["best_epoch"] < 8, "this seed must not end with its best epoch"
     assert best.metrics["epochs"] == 8
+    assert result_logged(tmp_path / "best") == (best.metrics["best_epoch"], 5 * best.metrics["best_epoch"])
+    assert result_logged(tmp_path / "last") == (8, 40)
     assert last.metrics["best_epoch"] is None
     shorter = train(tmp_path / "shorter", ema=ema, schedule="constant_with_warmup", **NOISY)
     assert adapter_bytes(tmp_path / "best") not in (

@@ -33,6 +33,7 @@ def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
 
 
 def _curve(axes: Axes, log: list[dict[str, Any]], key: str, name: str, scale: int = 1) -> None:
-    points = [(entry["epoch"], scale * entry[key]) for entry in log if key in entry]
-    epochs, values = zip(*points, strict=True) if points else ((), ())
+    points = {entry["epoch"]: scale * entry[key] for entry in log if key in entry}  # the result is measured once more
+    epochs = sorted(points)
+    values = [points[epoch] for epoch in epochs]
     axes.plot(epochs, values, marker="." if len(points) < 30 else "", label=name, **STYLES[name])  # type: ignore[arg-type]

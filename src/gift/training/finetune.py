@@ -130,7 +130,7 @@ def finetune(
     trainer.remove_callback(saver)
     _take_result(model, saver, average)
     trainer.average = None
-    scores = trainer.evaluate() if evaluation_items else {}
+    scores = _evaluate_result(trainer, saver) if evaluation_items else {}
 
     metrics = _describe_result(model, scores, saver, trainer.state.log_history, options)
     with arguments.main_process_first(local=False):
@@ -214,6 +214,13 @@ def _take_result(model: nn.Module, saver: CheckpointSaver, average: MovingAverag
         set_peft_model_state_dict(model, load_file(source / SAFETENSORS_WEIGHTS_NAME))
     elif source is not None:
         model.load_state_dict(load_file(source / SAFE_WEIGHTS_NAME))
+
+
+def _evaluate_result(trainer: AdapterTrainer, saver: CheckpointSaver) -> dict[str, float]:
+    """Return how well the result predicts, which is logged under the epoch that it is of."""
+    if saver.best_checkpoint is not None and saver.best is not None:
+        trainer.state.epoch, trainer.state.global_step = float(saver.best["epoch"]), saver.best["step"]
+    return trainer.evaluate()
 
 
 def _describe_run(
