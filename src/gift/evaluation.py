@@ -75,7 +75,7 @@ def _load(adapter: Path | str, backbone: str | None) -> LoadedAdapter:
     """Return a stored classifier, on the accelerator if there is one."""
     loaded = load_adapter(adapter, backbone)
     if torch.accelerator.is_available():
-        loaded.model.to(torch.accelerator.current_accelerator())
+        loaded.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     return loaded
 
 
