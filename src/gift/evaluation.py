@@ -88,7 +88,7 @@ def _data_of_run(run: Path) -> tuple[str, SplitOptions, bool]:
         )
     config = yaml.safe_load(path.read_text())
     names = ("validation", "test", "root", "validation_share", "train_on_validation", "seed")
-    return config["data"], SplitOptions(**{name: config[name] for name in names}), config["skip_damaged"]
+    return config["data"], SplitOptions(**{name: config[name] for name in names}), config.get("skip_damaged", False)
 
 
 def _check_unchanged(run: Path, splits: Splits) -> None:
