@@ -33,7 +33,7 @@ test: $(INSTALLED)  ## run the tests, without the slow ones
 
 test-all: $(INSTALLED) $(QUANTISED)  ## run every test, then those of quantised backbones
 	$(PYTEST) -m "not slow" --ignore tests/tuner/test_quantised.py
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow --ignore tests/tuner/test_quantised.py
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow --ignore tests/tuner/test_quantised.py
 	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/tuner/test_quantised.py
 
 lint: $(INSTALLED)  ## check style and format

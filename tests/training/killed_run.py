@@ -1,8 +1,7 @@
 """Fine-tune a tiny ViT in a process that may be killed: `python killed_run.py OUTPUT_DIR [OPERATION]`.
 
 With OPERATION the process kills itself just before its file operation of that number inside OUTPUT_DIR: Python reports
-every one, so that a moment in the middle of writing a checkpoint can be named. `training` is printed at the start, and
-the number of file operations at the end.
+every one, so that a moment in the middle of writing a checkpoint can be named. At the end their number is printed.
 """
 
 import os
@@ -77,7 +76,6 @@ def kill_at(output_dir, operation):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print("training", flush=True)
     watch = kill_at(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)
     train(sys.argv[1])
     if os.environ.get("RANK", "0") == "0":  # which writes; two numbers could come in one line
