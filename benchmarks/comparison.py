@@ -6,7 +6,8 @@
 The steps of `run`, in this order: `search` (of the methods of the primary question), `primary` (their tests), `others`
 (the rest of the table), `screening` (searches of all ablations), `ablations` (tests of those that matter). Each is one
 or more benchmarks in runs/comparison or runs/ablations: stopped and started again, it goes on; `--plan true` says how
-long it would take. `write` takes lines over into `results/`, if told to, and writes tables anew from what lies there.
+long it would take. `write` takes lines over into `results/`, if told to, and writes tables anew from what lies there;
+`bring_back` is the other way, to go on where these folders are not, such as on another machine.
 TOAST needs its feedback path, pre-trained on images of Tiny-ImageNet:
 
     gift train --data tinyimagenet64-train.parquet --method toast --reconstruction 0.1 --epochs 1 --batch_size 64 \
@@ -29,7 +30,7 @@ from benchmarks.comparison_documents import read_results, write_tables
 from gift.benchmark.benchmark import run_benchmark
 from gift.benchmark.options import BenchmarkOptions
 from gift.benchmark.plan import describe_plan, plan_benchmark
-from gift.benchmark.record import read_lines
+from gift.benchmark.record import Record, locked, read_lines
 from gift.benchmark.runs import Line, folder_of
 from gift.training.folder import write as write_file
 
@@ -57,7 +58,8 @@ ALWAYS = tuple(f"{DEFAULT}:target_modules={place}" for place in PLACES)  # teste
 ABLATIONS = (*(f"{DEFAULT}:{change}" for change in CHANGES), *GENERATORS, *ALWAYS)
 
 STEPS = ("search", "primary", "others", "screening", "ablations")
-FOLDERS = {"comparison": STEPS[:3], "ablations": STEPS[3:], "remedies": ()}  # the last by benchmarks/remedies.py
+REMEDIES = "remedies"  # run by benchmarks/remedies.py
+FOLDERS = {"comparison": STEPS[:3], "ablations": STEPS[3:], REMEDIES: ()}
 
 
 @dataclass(frozen=True)
@@ -164,21 +166,49 @@ def write(
         write_tables(path, read_results(results))
 
 
+def bring_back(results: Path = Path("results"), runs: Path = Path("runs")) -> None:
+    """Put the lines that lie in `results/` back into the folders of the benchmarks, where `run` goes on from there.
+
+    Args:
+        results: Folder of the repository that holds the lines.
+        runs: Folder of the folders of the benchmarks; the lines that these have stay.
+    """
+    for path in (results / f"{name}.jsonl" for name in FOLDERS):
+        if path.exists():
+            with locked(runs / path.stem):
+                _bring_back(read_lines(path), runs / path.stem)
+
+
+def _bring_back(lines: Sequence[Line], out: Path) -> None:
+    # The remedies have a folder for every seed.
+    folders = [out / f"seed={line['seed']}" if out.name == REMEDIES else out for line in lines]
+    for folder in sorted(set(folders)):
+        folder.mkdir(parents=True, exist_ok=True)
+        record = Record(folder)
+        lost = [line for line, place in zip(lines, folders, strict=True) if place == folder]
+        record.add(*(line for line in lost if line["id"] not in record.lines))
+        print(f"{folder}: {len(record.lines)} runs")
+
+
 def take_over_lines(folder: Path, path: Path) -> None:
     """Write the lines of a benchmark into a file of the repository, with losses; none that is there is ever lost.
 
     That of the remedies has a folder for every seed.
     """
     folders = [file.parent for file in (*folder.glob("runs.jsonl"), *sorted(folder.glob("seed=*/runs.jsonl")))]
-    lines = [{**line, "train_loss": _train_loss(folder_of(line, one))} for one in folders for line in read_lines(one)]
+    lines = [_with_loss(line, one) for one in folders for line in read_lines(one)]
     had = {(line["id"], line["seed"]) for line in read_lines(path)} if path.exists() else set()
     if lost := had - {(line["id"], line["seed"]) for line in lines}:
         raise ValueError(
-            f"{folder} lacks {len(lost)} runs of {path}, such as {min(lost)[0]}, which would be lost: put these "
-            f"back into runs.jsonl of {folder}, and go on with the runs from there."
+            f"{folder} lacks {len(lost)} runs of {path}, such as {min(lost)[0]}, which would be lost: "
+            "`bring_back` puts them there."
         )
     if lines:
         write_file(path, "".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def _with_loss(line: Line, out: Path) -> Line:
+    return line if "train_loss" in line else {**line, "train_loss": _train_loss(folder_of(line, out))}
 
 
 def _train_loss(folder: Path) -> float | None:
@@ -190,4 +220,4 @@ def _train_loss(folder: Path) -> float | None:
 
 
 if __name__ == "__main__":
-    auto_cli([run, write], as_positional=True)
+    auto_cli([run, write, bring_back], as_positional=True)

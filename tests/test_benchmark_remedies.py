@@ -1,6 +1,7 @@
 """Remedies: each changes what its title says, and nothing else."""
 
 import re
+import shutil
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -195,8 +196,14 @@ def test_runs_go_on_where_they_were_one_that_fails_stops_no_other_and_others_are
     assert not (tmp_path / "none.jsonl").exists()
     comparison.take_over_lines(tmp_path / "out", tmp_path / "remedies.jsonl")
     assert len((tmp_path / "remedies.jsonl").read_text().splitlines()) == 6
+    shutil.rmtree(tmp_path / "out")
+    comparison.bring_back(tmp_path, tmp_path / "elsewhere")
+    assert remedies.do_all(planned, tmp_path / "elsewhere" / "remedies", 2) == [
+        line | {"train_loss": None} for line in lines
+    ]
+    assert len(done) == 7
     with pytest.raises(ValueError, match="of other options: epochs was 5, now 9"):
-        remedies.do_all([replace(planned[0], changes={"epochs": 9})], tmp_path / "out", 2)
+        remedies.do_all([replace(planned[0], changes={"epochs": 9})], tmp_path / "elsewhere" / "remedies", 2)
 
 
 def test_remedies_are_tried_where_gift_loses_and_on_two_others(monkeypatch, tmp_path):

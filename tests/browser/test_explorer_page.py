@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import expect
 
 from gift.explain import exploring
@@ -41,9 +42,15 @@ def value(page, elem_id):
     return page.locator(f"#{elem_id} textarea, #{elem_id} input").first
 
 
-def selected_pixels(page):
-    source = page.locator("#selected img").first.get_attribute("src")
-    return np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")).astype(int)
+def pixels_of(page, elem_id):
+    for _ in range(50):
+        # Gradio writes a picture anew that is drawn a second time: who reads meanwhile gets a part of it.
+        source = page.locator(f"#{elem_id} img").first.get_attribute("src")
+        try:
+            return np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")).astype(int)
+        except (OSError, PlaywrightError):
+            page.wait_for_timeout(100)
+    raise AssertionError(f"{source} is no picture")
 
 
 def choose_layer(page, text):
@@ -99,11 +106,11 @@ def test_a_picture_is_dropped_looked_at_and_its_clusters_are_named(open_page, ad
 
 def test_sliders_and_colours_change_what_is_drawn(open_page, address, picture):
     page = dropped(open_page(address), picture)
-    before = selected_pixels(page)
+    before = pixels_of(page, "selected")
 
     def wait_for(grey):
         for _ in range(600):
-            pixels = selected_pixels(page)
+            pixels = pixels_of(page, "selected")
             if (np.ptp(pixels, axis=2).max() <= 12) == grey and not (grey is False and np.array_equal(pixels, before)):
                 return pixels
             page.wait_for_timeout(100)
@@ -115,15 +122,15 @@ def test_sliders_and_colours_change_what_is_drawn(open_page, address, picture):
     stronger = wait_for(grey=False)
     page.get_by_label("jet", exact=True).check()
     for _ in range(600):
-        if not np.array_equal(selected_pixels(page), stronger):
+        if not np.array_equal(pixels_of(page, "selected"), stronger):
             break
         page.wait_for_timeout(100)
     else:
         raise AssertionError("jet changed nothing")
     set_slider(page, "threshold", 1)
     for _ in range(600):
-        if (np.ptp(selected_pixels(page), axis=2).max(axis=None) <= 12) or (
-            (np.ptp(selected_pixels(page), axis=2) > 12).mean() < 0.2
+        if (np.ptp(pixels_of(page, "selected"), axis=2).max(axis=None) <= 12) or (
+            (np.ptp(pixels_of(page, "selected"), axis=2) > 12).mean() < 0.2
         ):
             break
         page.wait_for_timeout(100)
@@ -258,8 +265,7 @@ def test_a_sideways_photo_is_shown_upright(open_page, address, tmp_path):
     exif[0x0112] = 3  # stored upside down
     Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
     page = dropped(open_page(address), tmp_path / "turned.jpg")
-    source = page.locator("#picture img").first.get_attribute("src")
-    shown = np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("L")).astype(int)
+    shown = pixels_of(page, "picture")
     assert shown[:60].mean() < 20
     assert shown[-60:].mean() > 235
 

@@ -53,9 +53,9 @@ class Record:
         self.path = out / FILE
         self.lines: dict[str, Line] = {line["id"]: line for line in read_lines(out)} if self.path.exists() else {}
 
-    def add(self, line: Line) -> None:
-        """Write a line: the file is replaced by a longer one, which is on the disk by then."""
-        self.lines[line["id"]] = json.loads(json.dumps(line))
+    def add(self, *lines: Line) -> None:
+        """Write lines: the file is replaced by a longer one, which is on the disk by then."""
+        self.lines |= {line["id"]: json.loads(json.dumps(line)) for line in lines}
         write(self.path, "".join(f"{json.dumps(one)}\n" for one in self.lines.values()))
 
     def missing(self, runs: list[Run]) -> list[Run]:
