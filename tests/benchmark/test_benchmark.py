@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from gift.benchmark import benchmark
@@ -52,6 +53,7 @@ def test_a_line_says_what_was_run_with_what_and_what_came_out(complete):
     assert (final["merged"], lines[0]["inference_ms_per_image"]) == (True, None)
     assert final["peak_memory_mb"] > 100
     assert {"commit", "versions", "python", "device", "threads", "date", "images_digest"} <= final.keys()
+    assert torch.backends.cpu.get_cpu_capability() in final["device"] or torch.cuda.is_available()
     probes = [line for line in lines if line["method"] == "linear-probe"]
     assert {line["trained_parameters_without_head"] for line in probes} == {0}
     assert len({line["backbone_parameters"] for line in lines}) == 1

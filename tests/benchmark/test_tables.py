@@ -253,6 +253,18 @@ def test_several_commits_and_versions_are_a_note():
     assert "The results are of several versions of torch: 2.15.0, 2.16.0." in notes
 
 
+def test_seconds_of_two_devices_are_not_compared_without_a_word():
+    lines = [line | {"device": "EPYC (AVX512)"} for line in both()]
+    warning = "Seconds and milliseconds compare methods only where they are of one device."
+    assert warning not in summarise(lines).notes
+
+    lines[-1]["device"] = "EPYC (AVX2)"
+
+    notes = summarise(lines).notes
+    assert "The results are of 2 devices: EPYC (AVX512), EPYC (AVX2)." in notes
+    assert warning in notes
+
+
 def test_parameters_that_differ_between_tasks_are_shown_as_their_mean():
     lines = results("vpt", {"digits": [0.9], "flowers": [0.9]})
     lines[0]["trained_parameters_without_head"] = 16386

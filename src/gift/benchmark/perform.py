@@ -142,12 +142,13 @@ def _surroundings() -> Line:
 
 
 def device_name() -> str:
-    """Return the name of the accelerator, or of the processor."""
+    """Return the name of the accelerator, or of the processor with its widest vectors, which names alone may hide."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     information = Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
     lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def forget_weights(folder: Path) -> None:

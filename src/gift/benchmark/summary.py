@@ -263,6 +263,8 @@ def _circumstances(lines: Sequence[Line], runs: Sequence[Line]) -> list[str]:
     for key, what in (("commit", "commits"), ("device", "devices"), ("threads", "numbers of threads")):
         found = _distinct([run for run in runs if key in run], key)
         notes += [f"The results are of {len(found)} {what}: {_listed(found)}."] if len(found) > 1 else []
+        if key == "device" and len(found) > 1:
+            notes.append("Seconds and milliseconds compare methods only where they are of one device.")
     for key in ("tries", "scheduler"):
         found = _distinct([line for line in lines if key in line], key)
         notes += [f"Searches differ in {key}: {_listed(found)}."] if len(found) > 1 else []
