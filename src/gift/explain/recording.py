@@ -15,6 +15,7 @@ from gift.explain.assignments import Chosen, ExplainedModel, choose, explained_m
 from gift.explain.capture import before_adaptation, evaluating, watched
 from gift.explain.layout import TokenLayout
 from gift.explain.readings import Reading, Readout, TokenStatistics
+from gift.tuner.scope import is_recomputing
 from gift.tuner.targets import Target
 from gift.tuner.weights import PARTS
 
@@ -101,7 +102,7 @@ class Plan:
         """Call `read` with the name of a target and its tokens whenever it runs, and `start` before every pass."""
         layers: Any = self.explained.modules
         unadapted = nullcontext() if self.reading.adapted else before_adaptation(layers.values())
-        with unadapted, watched_tokens(self.explained.inner, layers, list(self.readouts), read, start):
+        with unadapted, TokenWatch(self.explained.inner, list(self.readouts), read, start).watching(layers):
             yield
 
     def stacked_assignments(self) -> Float[np.ndarray, "layers out_features clusters"]:
@@ -136,73 +137,83 @@ def plan_recording(
     return Plan(explained, readouts, tuple(numbers), tuple(of_clusters), reading, block)
 
 
-@contextmanager
-def watched_tokens(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    targets: Sequence[str],
-    read: Callable[[str, Tensor], None],
-    start: Callable[[], None] | None = None,
-) -> Iterator[None]:
-    """Call `read` with the name of a target and its tokens on the patch grid whenever its layer runs.
-
-    Code that was compiled before it had hooks would not call them, so compiled models run uncompiled meanwhile.
+class TokenWatch:
+    """Calls `read` with the name of a target and its tokens on the patch grid whenever its layer runs.
 
     Args:
         model: The model in which the names of layers hold.
-        layers: The layers of the targets by layer name.
         targets: Names of the targets.
         read: What to do with the tokens (batch, rows, columns, channels).
         start: Called before every pass.
 
     Raises:
-        ValueError: If the model is not a known backbone of image patches; inside, if it is called without images, or
-            not itself but a part of it.
+        ValueError: If the model is not a known backbone of image patches.
     """
-    prefix_tokens(model)  # raises with the reason
-    found = find_family(model)
-    assert found is not None
-    backbone = model.get_submodule(found[0])
-    by_layer: dict[str, list[Target]] = {}
-    for target in map(Target.parse, targets):
-        by_layer.setdefault(target.layer, []).append(target)
-    images: list[tuple[int, TokenLayout]] = []
 
-    def look_at_images(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[str],
+        read: Callable[[str, Tensor], None],
+        start: Callable[[], None] | None = None,
+    ) -> None:
+        prefix_tokens(model)  # raises with the reason
+        self.model, self.read, self.start = model, read, start
+        self.by_layer: dict[str, list[Target]] = {}
+        for target in map(Target.parse, targets):
+            self.by_layer.setdefault(target.layer, []).append(target)
+        self._images: tuple[int, TokenLayout] | None = None  # how many the running pass has, and where tokens lie
+
+    @contextmanager
+    def watching(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Read the layers, given by name, of every pass inside.
+
+        Code that was compiled before it had hooks would not call them, so compiled models run uncompiled meanwhile.
+
+        Raises:
+            ValueError: Inside, if the model is called without images, or not itself but a part of it.
+        """
+        found = find_family(self.model)
+        assert found is not None
+        backbone = self.model.get_submodule(found[0])
+        # What lies outside the backbone, such as a head, runs after it.
+        outermost = backbone if all(name.startswith(found[0]) for name in self.by_layer) else self.model
+        hooks = [
+            backbone.register_forward_pre_hook(self._look_at_images, with_kwargs=True),
+            outermost.register_forward_hook(self._forget_images, always_call=True),
+        ]
+        try:
+            uncompiled = torch.compiler.set_stance("force_eager")
+            with uncompiled, watched({name: layers[name] for name in self.by_layer}, self._read_output):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _look_at_images(self, module: nn.Module, args: tuple, keywords: dict[str, Any]) -> None:
         pixels = next((x for x in (*args, *keywords.values()) if isinstance(x, Tensor) and x.ndim == 4), None)
         if pixels is None:
             raise ValueError("The model was called without images (batch, 3, height, width), so there are no maps.")
-        if start is not None:
-            start()
-        images[:] = [(len(pixels), TokenLayout(model, by_layer, pixels.shape[2], pixels.shape[3]))]
+        if self.start is not None:
+            self.start()
+        self._images = len(pixels), TokenLayout(self.model, self.by_layer, pixels.shape[2], pixels.shape[3])
 
-    def read_output(name: str, output: Tensor) -> None:
-        if torch._C._current_graph_task_id() != -1:
-            return  # checkpointing recomputes, in the backward pass, what was read
-        if not images:
+    def _forget_images(self, *_: Any) -> None:
+        self._images = None
+
+    def _read_output(self, name: str, output: Tensor) -> None:
+        if is_recomputing():
+            return  # it was read before
+        if self._images is None:
             raise ValueError(
                 f"{name} ran outside a call of the model, so where its tokens lie is not known: call the model itself "
                 "on images, and no part of it such as `forward_features`."
             )
-        batch, layout = images[0]
+        batch, layout = self._images
         tokens = layout.lay_out(name, output, batch)
-        for target in by_layer[name]:
+        for target in self.by_layer[name]:
             part = tokens if target.part is None else tokens.chunk(len(PARTS), dim=-1)[PARTS.index(target.part)]
-            read(str(target), part)
-
-    # What lies outside the backbone, such as a head, runs after it.
-    outermost = backbone if all(name.startswith(found[0]) for name in by_layer) else model
-    hooks = [
-        backbone.register_forward_pre_hook(look_at_images, with_kwargs=True),
-        outermost.register_forward_hook(lambda *_: images.clear(), always_call=True),
-    ]
-    try:
-        uncompiled = torch.compiler.set_stance("force_eager")
-        with uncompiled, watched({name: layers[name] for name in by_layer}, read_output):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+            self.read(str(target), part)
 
 
 @torch.no_grad()

@@ -302,14 +302,14 @@ class FactorSource:
         name, scope = layer.gift_name, self._scopes.get(_thread())
         if torch.compiler.is_compiling():
             return self.generate([layer])[name] if scope is None else scope.factors[name]
-        is_recomputing = torch._C._current_graph_task_id() != -1
+        recomputing = is_recomputing()
         if scope is not None and name in scope.factors:
             self._note_call(name, scope)
             return scope.factors[name]
-        self._recomputed = self._recomputed or is_recomputing
-        if is_recomputing and name in self._from_scope and name not in self._reentrant:
+        self._recomputed = self._recomputed or recomputing
+        if recomputing and name in self._from_scope and name not in self._reentrant:
             return self._from_scope[name].refusing_gradients()
-        if not is_recomputing:
+        if not recomputing:
             self._called.add(name)
             if torch.is_grad_enabled():
                 self._from_scope.pop(name, None)  # this call, not the last scope's, is what could be recomputed
@@ -327,7 +327,7 @@ class FactorSource:
         """Return what to add to the input of a layer: x psi^T phi^T, summed over the adapters in effect."""
         scope = self._scopes.get(_thread())
         if not torch.compiler.is_compiling():
-            self._recomputed = self._recomputed or torch._C._current_graph_task_id() != -1
+            self._recomputed = self._recomputed or is_recomputing()
             if scope is not None:
                 self._note_call(layer.gift_name, scope)
         residual = torch.zeros_like(x)
@@ -356,6 +356,11 @@ _sources: "WeakValueDictionary[int, FactorSource]" = WeakValueDictionary()
 
 def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def is_recomputing() -> bool:
+    """Return whether a backward pass goes on: a layer that runs in one does so for gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _has_compiled_parts(model: nn.Module) -> bool:
