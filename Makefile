@@ -54,10 +54,11 @@ clean:  ## remove .venv, caches and build leftovers
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# Compiled at once: where Python is told to write no byte code, as in many containers, each process compiles 5,000 files.
 $(INSTALLED): requirements.txt pyproject.toml | $(UV)
 	@echo "Installing the packages of requirements.txt into $(VENV) (about 6 GB the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
-	@$(UV) pip sync --quiet --require-hashes --python $(BIN)/python requirements.txt
+	@$(UV) pip sync --quiet --require-hashes --compile-bytecode --python $(BIN)/python requirements.txt
 	@$(UV) pip install --quiet --no-deps --no-build-isolation --python $(BIN)/python --editable .
 	@touch $@
 

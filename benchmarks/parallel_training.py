@@ -181,8 +181,8 @@ TRAINERS: dict[str, Callable[[Path], None]] = {
     "finetune, one process": by_finetune,
     "finetune, DDP": by_finetune,
     "Trainer, DDP": trainer_alone,
-    "Trainer, FSDP2 by accelerate": trainer_fsdp2,
     "Trainer, FSDP2 at load time, no head": trainer_fsdp2_at_load_time,
+    "Trainer, FSDP2 by accelerate": trainer_fsdp2,  # the last one: it changes accelerate's state
 }
 REFERENCES = {
     "loop, DDP": "loop, one process",
@@ -279,8 +279,7 @@ def main() -> None:
         save_backbone(folder / "backbone")
         launch(list(LOOPS), PROCESSES, folder)
         launch(list(TRAINERS)[:3], 1, folder)
-        for way in list(TRAINERS)[3:]:
-            launch([way], PROCESSES, folder)
+        launch(list(TRAINERS)[3:], PROCESSES, folder)
         results = compare(folder)
     print(table(results))
     if arguments.write_docs is not None:

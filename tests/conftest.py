@@ -8,12 +8,23 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="repeat slow tests as often as was asked for once")
+
+
+@pytest.fixture(scope="session")
+def repetitions(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """Return a function that chooses between few repetitions and all of them, which `--thorough` takes."""
+    return lambda few, thorough: thorough if request.config.getoption("--thorough") else few
 
 
 @pytest.fixture(autouse=True)

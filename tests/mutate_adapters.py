@@ -1,7 +1,7 @@
-"""Load 200 mutated adapter folders: each must be refused with a clear error, or loaded right; none half.
+"""Load mutated adapter folders: each must be refused with a clear error, or loaded right; none half.
 
 Run by tests/tuner/test_saving.py in a process of its own, without the test suite's shape checks:
-    python tests/mutate_adapters.py FOLDER [SEED]
+    python tests/mutate_adapters.py FOLDER COUNT [SEED]
 """
 
 import dataclasses
@@ -152,9 +152,9 @@ def model_names(folder):
     return names
 
 
-def main(root, count=200):
+def main(root, count, seed=0):
     torch.set_num_threads(1)
-    rng, outcomes, problems = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0), Counter(), []
+    rng, outcomes, problems = random.Random(seed), Counter(), []
     model = make_adapted_vit(num_heads=2, scaling=1.5, assignment_gain=2.0)
     model.save_pretrained(root / "good")
     expected, stored = model(make_images()).detach(), model_names(root / "good")
@@ -174,4 +174,4 @@ def main(root, count=200):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

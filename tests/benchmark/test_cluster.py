@@ -13,15 +13,29 @@ from ray.cluster_utils import Cluster
 from gift.benchmark import cluster as module
 from gift.benchmark.benchmark import run_benchmark
 from gift.benchmark.cluster import perform_on_ray
+from gift.benchmark.options import LOCAL
 from tests.benchmark.small import METHODS, lasting, small_options, small_run
+
+# Most of the time workers import: each takes half a minute of a slow core, again for every phase.
+TRIES = {"methods": METHODS[1:], "budget": 3, "epochs": 8, "search_only": True}
 
 
 @pytest.fixture
 def workers_find_the_tests(monkeypatch):
     """Let workers import what this process can, with one thread each."""
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # warnings of Ray's own are no errors there
+    ray.shutdown()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def own_cluster():
+    """Start Ray once for several benchmarks."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONWARNINGS", "ignore")
+        with module._connected(LOCAL):
+            yield
 
 
 class After:
@@ -53,14 +67,14 @@ def kill_one_worker():
 def expected(pictures, backbone, tmp_path_factory):
     """Return the lines of the benchmark without Ray."""
     out = tmp_path_factory.mktemp("expected") / "out"
-    return run_benchmark(small_options(out, pictures, backbone, epochs=8))
+    return run_benchmark(small_options(out, pictures, backbone, **TRIES))
 
 
 @pytest.mark.slow
 def test_two_workers_of_which_one_is_killed_give_the_results_of_one_process(
     expected, pictures, backbone, tmp_path, workers_find_the_tests
 ):
-    options = small_options(tmp_path / "out", pictures, backbone, epochs=8, ray="local")
+    options = small_options(tmp_path / "out", pictures, backbone, ray="local", **TRIES)
     kill = After(1, kill_one_worker)
     lines = run_benchmark(options, kill)
     assert kill.is_done
@@ -75,7 +89,7 @@ def test_two_hosts_of_which_one_is_lost_give_the_results_of_one_process(
     try:
         second = hosts.add_node(num_cpus=1, object_store_memory=10**8)
         hosts.wait_for_nodes()
-        options = small_options(tmp_path / "out", pictures, backbone, epochs=8, ray=hosts.address)
+        options = small_options(tmp_path / "out", pictures, backbone, ray=hosts.address, **TRIES)
         assert module.runs_at_once(options) == 2
         lose = After(1, lambda: hosts.remove_node(second, allow_graceful=False))
         lines = run_benchmark(options, lose)
@@ -87,8 +101,8 @@ def test_two_hosts_of_which_one_is_lost_give_the_results_of_one_process(
 
 
 @pytest.mark.slow
-def test_tries_that_are_behind_are_stopped_and_not_chosen(pictures, backbone, tmp_path, workers_find_the_tests):
-    given = {"epochs": 20, "budget": 6, "seeds": (0,), "methods": METHODS[:1], "ray": "local", "scheduler": "asha"}
+def test_tries_that_are_behind_are_stopped_and_not_chosen(pictures, backbone, tmp_path, own_cluster):
+    given = {"epochs": 5, "budget": 6, "seeds": (0,), "methods": METHODS[:1], "ray": "local", "scheduler": "asha"}
     lines = run_benchmark(small_options(tmp_path / "out", pictures, backbone, **given))
     search, final = lines[:-1], lines[-1]
     stopped = [line for line in search if line["problem"]]
@@ -104,7 +118,7 @@ def run_of(pictures, backbone):
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_be_done_keeps_no_other_from_being_done(pictures, backbone, tmp_path, workers_find_the_tests):
+def test_a_run_that_cannot_be_done_keeps_no_other_from_being_done(pictures, backbone, tmp_path, own_cluster):
     options = small_options(tmp_path / "out", pictures, backbone, ray="local", methods=METHODS[:1])
     good, wrong = run_of(pictures, backbone), small_run(task="nowhere")
     kept = []

@@ -1,6 +1,5 @@
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from gift.training.finetune import finetune, with_head
 from gift.training.loop import make_optimizer
 from gift.training.saver import CheckpointSaver
 from tests.models import make_images
-from tests.training import killed_run
+from tests.training import killed_operations, killed_run
 from tests.training.killed_run import Stripes, make_backbone, train
 
 GIFT = {"r": 4, "num_clusters": 6}
@@ -207,20 +206,13 @@ def test_two_processes_of_which_one_is_killed_end_with_the_same_adapter_to_the_b
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_file_operation_ends_with_the_same_adapter_to_the_bit(tmp_path):
+def test_a_run_killed_at_any_file_operation_ends_with_the_same_adapter_to_the_bit(tmp_path, repetitions):
     """Most of these write or delete checkpoints; `test_killed_train` kills at moments of the clock."""
-    moments = random.Random(0)
-
-    def run(folder, *operation):
-        command = [sys.executable, killed_run.__file__, str(folder), *map(str, operation)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    whole = run(tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    total = int(whole.stdout.split()[-1])
-    for operation in sorted(moments.randrange(10, total // 3) for _ in range(3)):
-        assert run(tmp_path / "killed", operation).returncode == -9
-    assert run(tmp_path / "killed").returncode == 0
+    kills = repetitions(3, 6)
+    command = [sys.executable, killed_operations.__file__, str(tmp_path), str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, *[-9] * kills, 0]
     assert adapter_bytes(tmp_path / "killed") == adapter_bytes(tmp_path / "whole")
 
 
