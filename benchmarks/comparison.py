@@ -42,7 +42,7 @@ DEFAULT = tables.DEFAULT
 PRIMARY = (tables.LORA, *tables.PACA)
 OTHERS = (
     "linear-probe",
-    *("lora:r=1,lora_alpha=1", "lora:r=2,lora_alpha=2", "lora:r=4,lora_alpha=4"),
+    *(tables.SMALLEST_LORA, "lora:r=2,lora_alpha=2", "lora:r=4,lora_alpha=4"),
     *("gift-linear:r=8", "gift-linear", "gift-linear:r=32"),
     *("bitfit", "vpt-deep", "vera", "full", f"toast-lite:feedback={FEEDBACK}"),
 )

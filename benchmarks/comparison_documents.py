@@ -33,6 +33,7 @@ def texts(lines: Mapping[str, Sequence[tables.Line]]) -> dict[str, str]:
         found = {"answer": tables.answer_text(lines["comparison"]), "ranks": tables.table_of_ranks(lines["comparison"])}
         found |= {
             "tasks": tables.table_of_tasks(lines["comparison"]),
+            "equal-sizes": tables.table_of_equal_sizes(lines["comparison"]),
             "rates": tables.table_of_rates(lines["comparison"]),
         }
         found |= {"table": all_tables(summary), "means": table_of_means(summary, lines["comparison"])}
@@ -56,7 +57,7 @@ def table_of_means(summary: Summary, lines: Sequence[tables.Line]) -> str:
     """Return the means over tasks alone: of every method in its usual size, and of the size that was chosen."""
     reference = next((row.title for row in summary.rows if row.method == summary.reference), "")
     found = tables.answer(lines)
-    aside = {name for sizes in tables.FAMILIES.values() for name in sizes.values()} | {"lora:r=1,lora_alpha=1"}
+    aside = {name for sizes in tables.FAMILIES.values() for name in sizes.values()} | {tables.SMALLEST_LORA}
     aside -= {tables.LORA, tables.DEFAULT, "gift-linear", found.chosen if found else tables.DEFAULT}
     rows = []
     for row in (row for row in summary.rows if row.method not in aside):

@@ -15,9 +15,11 @@ Line = Mapping[str, Any]
 TASKS = ("digits", "dsprites_loc", "dsprites_ori", "rendered_flowers", "flowers17", "caltech97")
 SEEDS, PRIMARY_SEEDS = tuple(range(5)), tuple(range(10))
 LORA, DEFAULT = "lora", "gift-paca"
+SMALLEST_LORA = "lora:r=1,lora_alpha=1"
 PACA = (DEFAULT, "gift-paca:r=4", "gift-paca:r=8")
 TIMES_SMALLER, MARGIN = 3, 0.5  # at most a third of LoRA's parameters; not worse by more than half a point
 SPRITES, LEARNED = TASKS[1:3], 20.0  # a mean of LoRA's tests in % below which it has barely learned these
+LEARNABLE = tuple(task for task in TASKS if task not in SPRITES)
 # Name of the sizes and their ranks, over a factor of four for each; LoRA r = 1 is shown beside.
 FAMILIES = {
     "LoRA": {2: "lora:r=2,lora_alpha=2", 4: "lora:r=4,lora_alpha=4", 8: LORA},
@@ -104,7 +106,7 @@ def answer(lines: Sequence[Line]) -> Answer | None:
     learned = mean(100 * line["accuracy"] for line in of_lora if line["task"] in SPRITES)
     rest = None
     if learned < LEARNED:
-        rest = difference(lines, chosen, LORA, [task for task in TASKS if task not in SPRITES])
+        rest = difference(lines, chosen, LORA, LEARNABLE)
     verdicts = {verdict(one) for one in (whole, rest) if one is not None}
     return Answer(chosen, whole, rest, verdicts.pop() if len(verdicts) == 1 else "no" if "no" in verdicts else "open")
 
@@ -183,6 +185,21 @@ def table_of_ranks(lines: Sequence[Line]) -> str:
         "best less worst",
         "largest less smallest r [95 %]",
     ]
+    return table(head, rows)
+
+
+def table_of_equal_sizes(lines: Sequence[Line]) -> str:
+    """Return every size of GIFT beside the smallest LoRA that trains as many numbers or more."""
+    tests = {line["method"]: line for line in lines if line["phase"] == TEST}
+    sizes = {name: line["trained_parameters_without_head"] for name, line in tests.items()}
+    loras = sorted((sizes[name], name) for name in (SMALLEST_LORA, *FAMILIES["LoRA"].values()) if name in sizes)
+    rows = []
+    for name in (name for family in ("GIFT paca", "GIFT linear") for name in FAMILIES[family].values()):
+        lora = next((lora for size, lora in loras if name in sizes and size >= sizes[name]), None)
+        if lora is not None:
+            shown = [f"{tests[one]['title']}: {sizes[one]:,}" for one in (name, lora)]
+            rows.append([*shown, *(points(difference(lines, name, lora, tasks), 1) for tasks in (TASKS, LEARNABLE))])
+    head = ["GIFT, trained without head", "LoRA with as many or more", "difference [95 %]", "without dSprites"]
     return table(head, rows)
 
 

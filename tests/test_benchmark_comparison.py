@@ -138,6 +138,20 @@ def test_ranks_are_compared_over_a_factor_of_four_and_the_seeds_that_all_have():
     assert paca == "| GIFT paca | 4: –, 8: –, 16: – | – | – |"
 
 
+def test_every_size_of_gift_stands_beside_the_smallest_lora_that_trains_as_many_numbers_or_more(monkeypatch):
+    smallest, second = tables.SMALLEST_LORA, "lora:r=2,lora_alpha=2"
+    monkeypatch.setattr("tests.comparison.SIZES", SIZES | {smallest: 2048, second: 4096, "gift-linear": 4096})
+    named = {LORA: 80, smallest: 60, second: 70, CHOSEN: 73, "gift-paca:r=4": 59, "gift-linear": 70}
+    lines = [line for name, at in named.items() for line in finals(name, (at,) * 6, tables.SEEDS)]
+    four, eight, linear = tables.table_of_equal_sizes(lines).splitlines()[2:]  # r = 16 has no test
+    assert four.startswith(f"| gift-paca:r=4: 1,661 | {smallest}: 2,048 | -1.")
+    assert eight.startswith(f"| {CHOSEN}: 3,481 | {second}: 4,096 | +3.0 [+2.")
+    assert linear.startswith(f"| gift-linear: 4,096 | {second}: 4,096 | ")
+    assert tables.table_of_equal_sizes([]).count("\n") == 1
+    without = [line for line in lines if line["method"] in (CHOSEN, smallest)]  # which is smaller than it
+    assert tables.table_of_equal_sizes(without).count("\n") == 1
+
+
 def test_learning_rates_are_compared_where_the_search_is_finished():
     lines = searched(LORA, (0.9, 0.5, 0.5, 0.8, 0.8, 0.4)) + searched(CHOSEN, [0.5] * 6)
     lines[-1]["accuracy"] = None
