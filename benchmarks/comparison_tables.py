@@ -190,7 +190,7 @@ def table_of_ranks(lines: Sequence[Line]) -> str:
 
 def table_of_equal_sizes(lines: Sequence[Line]) -> str:
     """Return every size of GIFT beside the smallest LoRA that trains as many numbers or more."""
-    tests = {line["method"]: line for line in lines if line["phase"] == TEST}
+    tests = {line["method"]: line for line in lines if line["phase"] == TEST and line["accuracy"] is not None}
     sizes = {name: line["trained_parameters_without_head"] for name, line in tests.items()}
     loras = sorted((sizes[name], name) for name in (SMALLEST_LORA, *FAMILIES["LoRA"].values()) if name in sizes)
     rows = []

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="repeat slow tests as often as was asked for once")
+    parser.addoption("--thorough", action="store_true", help="all kills, damaged files, generators of slow tests")
 
 
 @pytest.fixture(scope="session")

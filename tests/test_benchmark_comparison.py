@@ -148,6 +148,8 @@ def test_every_size_of_gift_stands_beside_the_smallest_lora_that_trains_as_many_
     assert eight.startswith(f"| {CHOSEN}: 3,481 | {second}: 4,096 | +3.0 [+2.")
     assert linear.startswith(f"| gift-linear: 4,096 | {second}: 4,096 | ")
     assert tables.table_of_equal_sizes([]).count("\n") == 1
+    diverged = [dict(line, accuracy=None, trained_parameters_without_head=None) for line in finals(LORA, (80,) * 6)]
+    assert tables.table_of_equal_sizes(diverged).count("\n") == 1
     without = [line for line in lines if line["method"] in (CHOSEN, smallest)]  # which is smaller than it
     assert tables.table_of_equal_sizes(without).count("\n") == 1
 
