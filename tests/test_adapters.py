@@ -164,13 +164,13 @@ def test_shortcuts_of_unknown_classes_are_refused_before_anything_is_scored(shor
 @pytest.mark.slow
 def test_score_prints_tables_and_writes_all_figures(stored, tmp_path, capsys):
     out = tmp_path / "deep" / "score.json"
-    main(["score", str(stored[0]), "--count", "16", "--shortcuts", "true", "--out", str(out)])
+    main(["score", str(stored[0]), "--count", "8", "--shortcuts", "true", "--out", str(out)])
     printed = capsys.readouterr().out
-    assert "16 images of 64 px" in printed
+    assert "8 images of 64 px" in printed
     assert "| learned | plain | 48 |" in printed
     assert "own: better than random clusters for" in printed
     assert "Clusters outside the object whose removal moves a logit:" in printed
     record = json.loads(out.read_text())
     assert len(record["rows"]) == 21
-    assert record["images"] == 16
+    assert record["images"] == 8
     assert str(tmp_path) not in out.read_text()

@@ -61,7 +61,7 @@ def small(benchmark, monkeypatch):
     module = benchmark("cluster_maps")
     variant = module.Variant(module.APART | {"r": 4, "num_clusters": 4}, (4e-3, 1e-2), seeds=1, whole=True)
     two_blocks = module.Variant(variant.config | {"num_blocks": 2}, (4e-3, 1e-2), blocks=(0, -1), seeds=1)
-    sizes = {"TRAINING": 32, "TESTING": 16, "EPOCHS": 1, "IMAGES_PER_CLASS": 2}
+    sizes = {"TRAINING": 32, "TESTING": 8, "EPOCHS": 1, "IMAGES_PER_CLASS": 2}
     for name, value in (sizes | {"VARIANTS": {"apart": variant, "two": two_blocks}}).items():
         monkeypatch.setattr(module, name, value)
     level, threads = logging.get_verbosity(), torch.get_num_threads()
