@@ -35,7 +35,6 @@ from gift.benchmark.runs import Line, folder_of
 from gift.training.folder import write as write_file
 
 EPOCHS, TRIES = 5, 4
-PHOTOS = ("flowers17", "caltech97")
 FEEDBACK = "runs/upstream/adapter"  # of TOAST, pre-trained on the same backbone
 
 DEFAULT = tables.DEFAULT
@@ -80,7 +79,7 @@ class Place:
         """Return what `gift benchmark` is told: the whole protocol of the plan."""
         tasks = changes.get("tasks", tables.TASKS)
         given = {"suite": "offline", "out": self.runs / folder, "data": self.data, "keep_weights": False}
-        given |= {"folders": [self.photos / name for name in PHOTOS if name in tasks], "tasks": tasks}
+        given |= {"folders": [self.photos / name for name in tables.PHOTOS if name in tasks], "tasks": tasks}
         return BenchmarkOptions(
             **(given | {"methods": methods, "epochs": EPOCHS, "budget": TRIES, "seeds": tables.SEEDS} | changes)
         )

@@ -11,7 +11,7 @@ from gift.benchmark.outcome import summary_of
 from gift.benchmark.plots import draw_pareto
 from gift.benchmark.record import read_lines
 from gift.benchmark.summary import Summary
-from gift.benchmark.tables import markdown, table
+from gift.benchmark.tables import NOTHING, markdown, table
 
 
 def read_results(results: Path) -> dict[str, list[tables.Line]]:
@@ -63,9 +63,14 @@ def table_of_means(summary: Summary, lines: Sequence[tables.Line]) -> str:
     for row in (row for row in summary.rows if row.method not in aside):
         score = row.scores[summary.mean]
         rows.append(
-            [row.title, f"{row.parameters:,}", tables.points(score.accuracy, 1, ""), tables.points(score.difference, 1)]
+            [
+                row.title,
+                NOTHING if row.parameters is None else f"{row.parameters:,}",
+                tables.points(score.accuracy, 1, ""),
+                tables.points(score.difference, 1),
+            ]
         )
-    return table(["", "trained without head", f"{summary.mean.title}, %", f"less that of {reference} [95 %]"], rows)
+    return table(["", "trained without head", f"{summary.mean.title}, %", f"minus {reference} [95 %]"], rows)
 
 
 def write_tables(document: Path, lines: Mapping[str, Sequence[tables.Line]]) -> None:

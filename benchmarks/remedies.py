@@ -173,7 +173,7 @@ def _best_of_searches(
 ) -> list[Run]:
     """Return the tests of a method with what was best for it in the searches of the comparison."""
     options = place.benchmark("remedies", [method.name], tasks=tasks)
-    drawn = [name for name in tasks if name not in comparison.PHOTOS]
+    drawn = [name for name in tasks if name not in tables.PHOTOS]
     opened = open_tasks("offline", drawn, list(options.folders), options.data, validation_of)
     return final_runs(planned_searches(options, opened, [method]), {line["id"]: line for line in lines}, seeds)
 

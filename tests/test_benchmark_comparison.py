@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import stdtrit
 
 from benchmarks import comparison
 from benchmarks import comparison_documents as documents
@@ -69,6 +70,13 @@ def test_the_difference_is_that_of_welch_and_satterthwaite_over_tasks_and_seeds(
         ]
     )
     assert found.difference.mean == pytest.approx(1 / 6)
+    seeds = [
+        np.mean([100 * (by_run[CHOSEN, task, seed] - by_run[LORA, task, seed]) for task in tables.TASKS])
+        for seed in range(10)
+    ]
+    by_seed, error = tables.difference_by_seed(lines, CHOSEN, LORA, tables.TASKS), np.std(seeds, ddof=1) / 10**0.5
+    assert by_seed is not None
+    assert (by_seed.mean, by_seed.low) == pytest.approx((1 / 6, 1 / 6 - stdtrit(9, 0.975) * error))
     assert (found.difference.low, found.difference.high) == pytest.approx((expected.low, expected.high))
     assert found.difference.low is not None
     assert -0.5 < found.difference.low < 1 / 6 - 0.1
@@ -112,6 +120,7 @@ def test_a_run_that_diverged_leaves_the_question_open():
     assert found is not None
     assert found.verdict == "open"
     assert "**Open" in tables.answer_text(lines)
+    assert "independent" not in tables.answer_text(lines)
 
 
 def test_the_table_of_tasks_says_where_either_loses_and_how_well_they_fit():
@@ -147,6 +156,9 @@ def test_every_size_of_gift_stands_beside_the_smallest_lora_that_trains_as_many_
     assert four.startswith(f"| gift-paca:r=4: 1,661 | {smallest}: 2,048 | -1.")
     assert eight.startswith(f"| {CHOSEN}: 3,481 | {second}: 4,096 | +3.0 [+2.")
     assert linear.startswith(f"| gift-linear: 4,096 | {second}: 4,096 | ")
+    on_photos = tables.points(tables.difference(lines, CHOSEN, second, tables.PHOTOS), 1)
+    drawn = tables.points(tables.difference(lines, CHOSEN, second, ("digits", "rendered_flowers")), 1)
+    assert eight.endswith(f"| {drawn} | {on_photos} |")
     assert tables.table_of_equal_sizes([]).count("\n") == 1
     diverged = [dict(line, accuracy=None, trained_parameters_without_head=None) for line in finals(LORA, (80,) * 6)]
     assert tables.table_of_equal_sizes(diverged).count("\n") == 1

@@ -152,7 +152,7 @@ def test_a_method_that_diverges_keeps_no_other_from_its_table(phase, pictures, b
     assert "| linear probe | 1 | 0 (0 %) |" in text
     if phase == SEARCH:
         assert f"stripes/{METHODS[1]}: no try came to an end" in said[-1]
-        assert "No test yet, and so not shown: gift-paca" in text
+        assert "Searched for, not tested, and so not shown: GIFT paca r=4 M=6." in text
     else:
         assert "GIFT paca r=4 M=6 diverged on stripes seed 0 (The loss is nan.)" in text
     keys = [list(line) for line in lines]

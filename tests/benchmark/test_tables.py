@@ -51,10 +51,10 @@ def test_searches_alone_are_an_error():
 
 
 def test_a_method_that_was_only_searched_for_is_named():
-    summary = summarise([*both(), result("digits", "bitfit", 0, 0.9, phase="search")])
+    summary = summarise([*both(), result("digits", "bitfit", 0, 0.9, phase="search", title="BitFit")])
 
     assert [row.method for row in summary.rows] == ["lora", "gift"]
-    assert "No test yet, and so not shown: bitfit." in summary.notes
+    assert "Searched for, not tested, and so not shown: BitFit." in summary.notes
 
 
 def test_means_and_differences_are_those_of_the_formulas():
@@ -89,7 +89,7 @@ def test_the_main_table_shows_sizes_accuracy_difference_and_costs():
     ("merged", "shown"),
     [
         ([True, True], "0.5, merged"),
-        ([False, False], "0.5"),
+        ([False, False], "0.5, not merged"),
         ([None, None], "0.5"),
         ([True, False], "0.5, partly merged"),
     ],

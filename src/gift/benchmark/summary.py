@@ -258,8 +258,9 @@ def _missing(row: Row, runs: Sequence[Line], mean: Column, reference: str | None
 
 def _circumstances(lines: Sequence[Line], runs: Sequence[Line]) -> list[str]:
     """Return which methods were only searched for, and what differed between runs."""
-    waiting = [name for name in _distinct(lines, "method") if name not in _distinct(runs, "method")]
-    notes = [f"No test yet, and so not shown: {_listed(waiting)}."] if waiting else []
+    tested = _distinct(runs, "method")
+    waiting = _distinct([line for line in lines if line["method"] not in tested], "title")
+    notes = [f"Searched for, not tested, and so not shown: {_listed(waiting)}."] if waiting else []
     for key, what in (("commit", "commits"), ("device", "devices"), ("threads", "numbers of threads")):
         found = _distinct([run for run in runs if key in run], key)
         notes += [f"The results are of {len(found)} {what}: {_listed(found)}."] if len(found) > 1 else []

@@ -110,7 +110,7 @@ def _main_cells(row: Row, summary: Summary) -> list[str]:
     if summary.reference is not None:
         is_reference = row.method == summary.reference and not row.is_published
         cells.append("reference" if is_reference else _cell(row.scores[summary.mean].difference, summary, "+"))
-    merged = {"yes": ", merged", "partly": ", partly merged"}.get(row.merged, "")
+    merged = {"yes": ", merged", "partly": ", partly merged", "no": ", not merged"}.get(row.merged, "")
     return [*cells, _cost(row.train_seconds), _cost(row.inference_ms) + merged, _cost(row.peak_memory_mb)]
 
 
