@@ -33,7 +33,9 @@ def texts(lines: Mapping[str, Sequence[tables.Line]]) -> dict[str, str]:
         found = {"answer": tables.answer_text(lines["comparison"]), "ranks": tables.table_of_ranks(lines["comparison"])}
         found |= {
             "tasks": tables.table_of_tasks(lines["comparison"]),
+            "parts": tables.table_of_parts(lines["comparison"]),
             "equal-sizes": tables.table_of_equal_sizes(lines["comparison"]),
+            "generators": tables.table_of_generators(lines["comparison"]),
             "rates": tables.table_of_rates(lines["comparison"]),
         }
         found |= {"table": all_tables(summary), "means": table_of_means(summary, lines["comparison"])}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from statistics import mean
 from typing import Any
 
@@ -21,6 +22,12 @@ TIMES_SMALLER, MARGIN = 3, 0.5  # at most a third of LoRA's parameters; not wors
 SPRITES, LEARNED = TASKS[1:3], 20.0  # a mean of LoRA's tests in % below which it has barely learned these
 LEARNABLE = tuple(task for task in TASKS if task not in SPRITES)
 PHOTOS = ("flowers17", "caltech97")
+PARTS = {
+    "difference [95 %]": TASKS,
+    "without dSprites": LEARNABLE,
+    "digits and drawn flowers": tuple(task for task in LEARNABLE if task not in PHOTOS),
+    "photos": PHOTOS,
+}
 # Name of the sizes and their ranks, over a factor of four for each; LoRA r = 1 is shown beside.
 FAMILIES = {
     "LoRA": {2: "lora:r=2,lora_alpha=2", 4: "lora:r=4,lora_alpha=4", 8: LORA},
@@ -214,20 +221,48 @@ def table_of_ranks(lines: Sequence[Line]) -> str:
     return table(head, rows)
 
 
+def table_of_parts(lines: Sequence[Line]) -> str:
+    """Return every tested method beside LoRA r = 8, also on some of the tasks alone."""
+    rows = [_beside(lines, name, LORA) for name in _sizes(lines) if name != LORA]
+    return table(["method, trained without head", "beside", *PARTS], rows)
+
+
 def table_of_equal_sizes(lines: Sequence[Line]) -> str:
     """Return every size of GIFT beside the smallest LoRA that trains as many numbers or more."""
-    tests = {line["method"]: line for line in lines if line["phase"] == TEST and line["accuracy"] is not None}
-    sizes = {name: line["trained_parameters_without_head"] for name, line in tests.items()}
+    sizes = _sizes(lines)
     loras = sorted((sizes[name], name) for name in (SMALLEST_LORA, *FAMILIES["LoRA"].values()) if name in sizes)
     rows = []
     for name in (name for family in ("GIFT paca", "GIFT linear") for name in FAMILIES[family].values()):
         lora = next((lora for size, lora in loras if name in sizes and size >= sizes[name]), None)
         if lora is not None:
-            shown = [f"{tests[one]['title']}: {sizes[one]:,}" for one in (name, lora)]
-            parts = (TASKS, LEARNABLE, [task for task in LEARNABLE if task not in PHOTOS], PHOTOS)
-            rows.append([*shown, *(points(difference(lines, name, lora, tasks), 1) for tasks in parts)])
-    head = ["GIFT, trained without head", "LoRA with as many or more", "difference [95 %]", "without dSprites"]
-    return table([*head, "digits and drawn flowers", "photos"], rows)
+            rows.append(_beside(lines, name, lora))
+    return table(["GIFT, trained without head", "LoRA with as many or more", *PARTS], rows)
+
+
+def table_of_generators(lines: Sequence[Line]) -> str:
+    """Return every size of GIFT `linear` beside the size of `paca` nearest to it, by their ratio, and its rank."""
+    sizes = _sizes(lines)
+    paca, linear = (
+        {r: name for r, name in FAMILIES[f"GIFT {one}"].items() if name in sizes} for one in ("paca", "linear")
+    )
+    rows = []
+    for r, name in linear.items() if paca else ():
+        nearest = min(paca.values(), key=lambda other: abs(log(sizes[other] / sizes[name])))
+        rows += [_beside(lines, name, other) for other in dict.fromkeys((nearest, paca.get(r, nearest)))]
+    return table(["GIFT linear, trained without head", "GIFT paca nearest in size, or of the same rank", *PARTS], rows)
+
+
+def _sizes(lines: Sequence[Line]) -> dict[str, int]:
+    """Return the numbers that are trained without the head, of every method that was tested."""
+    tests = [line for line in lines if line["phase"] == TEST and line["accuracy"] is not None]
+    return {line["method"]: line["trained_parameters_without_head"] for line in tests}
+
+
+def _beside(lines: Sequence[Line], method: str, other: str) -> list[str]:
+    """Return a row of two methods with their sizes, and by how much the first is better on the parts of the tasks."""
+    titles, sizes = {line["method"]: line["title"] for line in lines}, _sizes(lines)
+    shown = [f"{titles[name]}: {sizes[name]:,}" for name in (method, other)]
+    return [*shown, *(points(difference(lines, method, other, tasks), 1) for tasks in PARTS.values())]
 
 
 def table_of_rates(lines: Sequence[Line]) -> str:

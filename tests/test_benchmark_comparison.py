@@ -159,6 +159,12 @@ def test_every_size_of_gift_stands_beside_the_smallest_lora_that_trains_as_many_
     on_photos = tables.points(tables.difference(lines, CHOSEN, second, tables.PHOTOS), 1)
     drawn = tables.points(tables.difference(lines, CHOSEN, second, ("digits", "rendered_flowers")), 1)
     assert eight.endswith(f"| {drawn} | {on_photos} |")
+    beside_lora = {row.split(" | ")[0]: row for row in tables.table_of_parts(lines).splitlines()[2:]}
+    assert list(beside_lora) == [f"| {name}: {tables._sizes(lines)[name]:,}" for name in named if name != LORA]
+    assert beside_lora["| gift-paca:r=4: 1,661"].startswith(f"| gift-paca:r=4: 1,661 | {LORA}: 16,384 | -21.")
+    (row,) = tables.table_of_generators(lines).splitlines()[2:]
+    assert row.startswith(f"| gift-linear: 4,096 | {CHOSEN}: 3,481 | -3.0 [-3.")
+    assert tables.table_of_generators(finals("gift-linear", (70,) * 6)).count("\n") == 1
     assert tables.table_of_equal_sizes([]).count("\n") == 1
     diverged = [dict(line, accuracy=None, trained_parameters_without_head=None) for line in finals(LORA, (80,) * 6)]
     assert tables.table_of_equal_sizes(diverged).count("\n") == 1
