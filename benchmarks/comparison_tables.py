@@ -279,10 +279,8 @@ def table_of_rates(lines: Sequence[Line]) -> str:
 
 def _mean(lines: Sequence[Line], method: str) -> float | None:
     """Return the mean over tasks of the means over the seeds that all methods have; None if one is missing."""
-    own = [line for line in lines if (line["phase"], line["method"]) == (TEST, method) and line["seed"] in SEEDS]
-    if any(line["accuracy"] is None for line in own) or len(own) < len(TASKS) * len(SEEDS):
-        return None
-    return 100 * mean(mean(line["accuracy"] for line in own if line["task"] == task) for task in TASKS)
+    found = _accuracies([line for line in lines if line["seed"] in SEEDS], method, TASKS)
+    return None if found is None else mean(mean(one.values()) for one in found)
 
 
 def that_matter(lines: Sequence[Line], ablations: Iterable[str], always: Sequence[str]) -> list[str]:
