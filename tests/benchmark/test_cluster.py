@@ -51,16 +51,9 @@ class After:
             self.do()
 
 
-def busy_workers():
-    return [
-        it.pid
-        for it in psutil.Process().children(recursive=True)
-        if " ".join(it.cmdline()).startswith("ray::") and "train" in " ".join(it.cmdline())
-    ]
-
-
-def kill_one_worker():
-    os.kill(busy_workers()[0], signal.SIGKILL)
+def kill_one_worker(doing=".train"):
+    titles = {it.pid: " ".join(it.cmdline()) for it in psutil.Process().children(recursive=True)}
+    os.kill(next(pid for pid, title in titles.items() if title.startswith(f"ray::ImplicitFunc{doing}")), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -112,23 +105,33 @@ def test_tries_that_are_behind_are_stopped_and_not_chosen(pictures, backbone, tm
     assert final["learning_rate"] in {line["learning_rate"] for line in search if line["accuracy"] is not None}
 
 
-def run_of(pictures, backbone):
-    run = small_run(method="linear-probe", model=str(backbone), epochs=1, batch_size=8)
+def run_of(pictures, backbone, rate=0.01):
+    run = small_run(method="linear-probe", model=str(backbone), epochs=1, batch_size=8, rate=rate)
     return replace(run, task=replace(run.task, source=str(pictures)))
 
 
 @pytest.mark.slow
-def test_a_run_that_cannot_be_done_keeps_no_other_from_being_done(pictures, backbone, tmp_path, own_cluster):
-    options = small_options(tmp_path / "out", pictures, backbone, ray="local", methods=METHODS[:1])
-    good, wrong = run_of(pictures, backbone), small_run(task="nowhere")
-    kept = []
-    problems = perform_on_ray([wrong, good], options, lambda run, line: kept.append((run, line["id"])))
-    assert kept == [(good, good.id)]
+def test_a_run_that_cannot_be_done_or_was_to_begin_in_a_lost_worker_keeps_no_other_from_being_done(
+    pictures, backbone, tmp_path, own_cluster
+):
+    given = {"ray": "local", "methods": METHODS[:1], "retries": 1, "cpus_per_run": int(ray.cluster_resources()["CPU"])}
+    options = small_options(tmp_path / "out", pictures, backbone, **given)  # one after the other, in one worker
+    first, second, wrong = run_of(pictures, backbone), run_of(pictures, backbone, 0.02), small_run(task="nowhere")
+    lose, kept = After(1, lambda: kill_one_worker(doing="")), []
+
+    def keep(run, line):
+        kept.append((run, line["id"]))
+        lose("[")
+
+    problems = perform_on_ray([first, second, wrong], options, keep)
+    assert lose.is_done
+    assert kept == [(first, first.id), (second, second.id)]
     assert list(problems) == [wrong.id]
     assert "There is no file or folder stripes" in problems[wrong.id]
 
 
-def test_a_cluster_that_is_not_there_is_said(pictures, backbone, tmp_path):
+def test_a_cluster_that_is_not_there_is_said(pictures, backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # tests before may be connected
     options = small_options(tmp_path / "out", pictures, backbone, ray="127.0.0.1:1")
     with pytest.raises(ValueError, match=r"There is no Ray cluster at 127.0.0.1:1.*ray start --head"):
         perform_on_ray([small_run()], options, lambda run, line: None)

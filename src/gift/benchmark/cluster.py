@@ -1,4 +1,4 @@
-"""The runs of a benchmark on a Ray cluster: Ray Tune places, schedules and repeats them."""
+"""The runs of a benchmark on a Ray cluster: Ray Tune places and schedules them."""
 
 import json
 import os
@@ -41,8 +41,8 @@ def runs_at_once(options: BenchmarkOptions) -> int:
 def perform_on_ray(runs: Sequence[Run], options: BenchmarkOptions, keep: Keep) -> dict[str, str]:
     """Do runs on a cluster; `keep` gets each run and its line as soon as it is over.
 
-    A run whose worker or host dies is started again on another, and goes on from its last checkpoint where the folder
-    of the benchmark is shared.
+    A run whose worker or host dies is started again on another when those scheduled with it are over, and goes on from
+    its last checkpoint where the folder of the benchmark is shared.
 
     Returns:
         Why a run could not be done, by its id; all others were.
@@ -54,25 +54,44 @@ def perform_on_ray(runs: Sequence[Run], options: BenchmarkOptions, keep: Keep) -
     with _connected(options.ray):
         resources = _resources(options)
         for together in _groups(runs, options):
-            by_id = {run.id: run for run in together}
-            trial = tune.with_parameters(_trial, runs=by_id, options=options, folder=str(Path.cwd()))
-            tune.Tuner(
-                tune.with_resources(trial, resources),
-                param_space={"run": tune.grid_search(list(by_id))},
-                tune_config=tune.TuneConfig(
-                    reuse_actors=True,  # importing takes as long as a small run
-                    trial_dirname_creator=lambda it: f"{it.trial_id}",
-                    **_scheduling(together, options),
-                ),
-                run_config=tune.RunConfig(
-                    name=together[0].phase,
-                    storage_path=str(options.out.absolute() / "ray"),
-                    callbacks=[_Watcher(by_id, keep, problems)],
-                    failure_config=tune.FailureConfig(max_failures=options.retries),
-                    verbose=0,
-                ),
-            ).fit()
+            left, failed = together, {}
+            for _ in range(1 + options.retries):
+                failed = _perform_together(left, options, resources, keep, problems)
+                left = [run for run in left if run.id in failed]
+                if not left:
+                    break
+            problems |= failed
     return problems
+
+
+def _perform_together(
+    runs: Sequence[Run], options: BenchmarkOptions, resources: dict[str, float], keep: Keep, problems: dict[str, str]
+) -> dict[str, str]:
+    """Do each run once and note the problems that would come again; return the other errors by the run's id.
+
+    Tune would repeat runs itself, but gives up one that was to begin in a worker just lost, whose failure it takes
+    twice (Ray 2.60): then the run is no longer under way, and ends.
+    """
+    by_id = {run.id: run for run in runs}
+    watcher = _Watcher(by_id, keep, problems)
+    trial = tune.with_parameters(_trial, runs=by_id, options=options, folder=str(Path.cwd()))
+    tune.Tuner(
+        tune.with_resources(trial, resources),
+        param_space={"run": tune.grid_search(list(by_id))},
+        tune_config=tune.TuneConfig(
+            reuse_actors=True,  # importing takes as long as a small run
+            trial_dirname_creator=lambda it: f"{it.trial_id}",
+            **_scheduling(runs, options),
+        ),
+        run_config=tune.RunConfig(
+            name=runs[0].phase,
+            storage_path=str(options.out.absolute() / "ray"),
+            callbacks=[watcher],
+            failure_config=tune.FailureConfig(max_failures=0),
+            verbose=0,
+        ),
+    ).fit()
+    return watcher.failed
 
 
 def _trial(config: Mapping[str, Any], runs: Mapping[str, Run], options: BenchmarkOptions, folder: str) -> None:
@@ -104,6 +123,7 @@ class _Watcher(tune.Callback):
 
     def __init__(self, runs: Mapping[str, Run], keep: Keep, problems: dict[str, str]) -> None:
         self.runs, self.keep, self.problems = runs, keep, problems
+        self.failed: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return nothing: Tune stores callbacks to restore an experiment, which is not done here."""
@@ -121,8 +141,9 @@ class _Watcher(tune.Callback):
             self.keep(run, run.described() | UNKNOWN | {"problem": said})
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        """Note a run that was given up."""
-        self.problems[trial.config["run"]] = f"{trial.get_error()!r}".splitlines()[0]
+        """Note the last line of the error of a run whose worker has died, or that raised what none should."""
+        said = Path(str(trial.error_file)).read_text(encoding="utf-8")
+        self.failed[trial.config["run"]] = said.strip().rpartition("\n")[2].strip()
 
 
 @contextmanager
