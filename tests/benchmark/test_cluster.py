@@ -1,4 +1,4 @@
-"""Benchmarks on Ray: on this machine and on two hosts, of which one is lost."""
+"""Benchmarks on Ray: on this machine and on two hosts, with workers and a host lost."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from gift.benchmark.options import LOCAL
 from tests.benchmark.small import METHODS, lasting, small_options, small_run
 
 # Most of the time workers import: each takes half a minute of a slow core, again for every phase.
-TRIES = {"methods": METHODS[1:], "budget": 3, "epochs": 8, "search_only": True}
+TRIES = {"methods": METHODS[1:], "budget": 4, "epochs": 8, "search_only": True}
 
 
 @pytest.fixture
@@ -39,57 +39,41 @@ def own_cluster():
 
 
 class After:
-    """Does something once, when so many runs are over."""
+    """Does something, once each, when so many runs are over."""
 
-    def __init__(self, runs: int, do: Callable[[], None]) -> None:
-        self.left, self.do, self.is_done = runs, do, False
+    def __init__(self, do: dict[int, Callable[[], None]]) -> None:
+        self.left, self.over = do, 0
 
-    def __call__(self, said: str) -> None:
-        self.left -= said.startswith("[")
-        if self.left == 0 and not self.is_done:
-            self.is_done = True
-            self.do()
+    def __call__(self, said: str = "[") -> None:
+        if said.startswith("["):
+            self.over += 1
+            self.left.pop(self.over, lambda: None)()
 
 
-def kill_one_worker(doing=".train"):
+def kill_one_worker():
+    """Kill a worker that does a run, or one that waits for the next if there is no other."""
     titles = {it.pid: " ".join(it.cmdline()) for it in psutil.Process().children(recursive=True)}
-    os.kill(next(pid for pid, title in titles.items() if title.startswith(f"ray::ImplicitFunc{doing}")), signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def expected(pictures, backbone, tmp_path_factory):
-    """Return the lines of the benchmark without Ray."""
-    out = tmp_path_factory.mktemp("expected") / "out"
-    return run_benchmark(small_options(out, pictures, backbone, **TRIES))
+    workers = [pid for pid, title in titles.items() if title.startswith("ray::ImplicitFunc")]
+    os.kill(max(workers, key=lambda pid: titles[pid].startswith("ray::ImplicitFunc.train")), signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_two_workers_of_which_one_is_killed_give_the_results_of_one_process(
-    expected, pictures, backbone, tmp_path, workers_find_the_tests
+def test_two_hosts_of_which_one_loses_a_worker_and_one_is_lost_give_the_results_of_one_process(
+    pictures, backbone, tmp_path, workers_find_the_tests
 ):
-    options = small_options(tmp_path / "out", pictures, backbone, ray="local", **TRIES)
-    kill = After(1, kill_one_worker)
-    lines = run_benchmark(options, kill)
-    assert kill.is_done
-    assert list(map(lasting, lines)) == list(map(lasting, expected))
-
-
-@pytest.mark.slow
-def test_two_hosts_of_which_one_is_lost_give_the_results_of_one_process(
-    expected, pictures, backbone, tmp_path, workers_find_the_tests
-):
+    expected = run_benchmark(small_options(tmp_path / "expected", pictures, backbone, **TRIES))
     hosts = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 10**8})
     try:
         second = hosts.add_node(num_cpus=1, object_store_memory=10**8)
         hosts.wait_for_nodes()
         options = small_options(tmp_path / "out", pictures, backbone, ray=hosts.address, **TRIES)
         assert module.runs_at_once(options) == 2
-        lose = After(1, lambda: hosts.remove_node(second, allow_graceful=False))
-        lines = run_benchmark(options, lose)
+        losses = After({1: kill_one_worker, 2: lambda: hosts.remove_node(second, allow_graceful=False)})
+        lines = run_benchmark(options, losses)
     finally:
         ray.shutdown()
         hosts.shutdown()
-    assert lose.is_done
+    assert not losses.left
     assert list(map(lasting, lines)) == list(map(lasting, expected))
 
 
@@ -117,14 +101,14 @@ def test_a_run_that_cannot_be_done_or_was_to_begin_in_a_lost_worker_keeps_no_oth
     given = {"ray": "local", "methods": METHODS[:1], "retries": 1, "cpus_per_run": int(ray.cluster_resources()["CPU"])}
     options = small_options(tmp_path / "out", pictures, backbone, **given)  # one after the other, in one worker
     first, second, wrong = run_of(pictures, backbone), run_of(pictures, backbone, 0.02), small_run(task="nowhere")
-    lose, kept = After(1, lambda: kill_one_worker(doing="")), []
+    loss, kept = After({1: kill_one_worker}), []
 
     def keep(run, line):
         kept.append((run, line["id"]))
-        lose("[")
+        loss()
 
     problems = perform_on_ray([first, second, wrong], options, keep)
-    assert lose.is_done
+    assert not loss.left
     assert kept == [(first, first.id), (second, second.id)]
     assert list(problems) == [wrong.id]
     assert "There is no file or folder stripes" in problems[wrong.id]
