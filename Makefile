@@ -10,10 +10,11 @@ INSTALLED := $(VENV)/installed
 # Apart from the others, since whatever imports PEFT or transformers imports these where they are installed.
 QUANTISED := $(VENV)/quantised
 
-# The models of the tests are tiny: starting threads costs more than they save. Files are shared among processes instead.
+# The models of the tests are tiny: starting threads costs more than they save. Files are shared among processes instead,
+# in their order: the last ones, of tests/tuner, are short.
 export OMP_NUM_THREADS ?= 1
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -32,8 +33,7 @@ test: $(INSTALLED)  ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED) $(QUANTISED)  ## run every test, then those of quantised backbones
-	$(PYTEST) -m "not slow" --ignore tests/tuner/test_quantised.py
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow --ignore tests/tuner/test_quantised.py
+	$(PYTEST) --ignore tests/tuner/test_quantised.py
 	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/tuner/test_quantised.py
 
 lint: $(INSTALLED)  ## check style and format
