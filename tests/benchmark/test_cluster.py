@@ -4,11 +4,13 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.tune.experiment import Trial
 
 from gift.benchmark import cluster as module
 from gift.benchmark.benchmark import run_benchmark
@@ -112,6 +114,14 @@ def test_a_run_that_cannot_be_done_or_was_to_begin_in_a_lost_worker_keeps_no_oth
     assert kept == [(first, first.id), (second, second.id)]
     assert list(problems) == [wrong.id]
     assert "There is no file or folder stripes" in problems[wrong.id]
+
+
+def test_a_run_that_is_given_up_has_the_last_line_of_its_last_error(tmp_path):
+    error = tmp_path / "error.txt"
+    error.write_text("Failure # 1\nray::train()\nOSError: old\nFailure # 2\nray::train()\nOSError: disk full\n\n")
+    watcher = module._Watcher({}, keep=lambda run, line: None, problems={})
+    watcher.on_trial_error(0, [], Mock(Trial, config={"run": "a"}, error_file=str(error)))
+    assert (watcher.failed, watcher.problems) == ({"a": "OSError: disk full"}, {})
 
 
 def test_a_cluster_that_is_not_there_is_said(pictures, backbone, tmp_path, monkeypatch):
