@@ -25,6 +25,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import ablation_tables
 from benchmarks import comparison_tables as tables
 from benchmarks.comparison_documents import read_results, write_tables
 from gift.benchmark.benchmark import run_benchmark
@@ -100,9 +101,9 @@ def benchmarks_of(step: str, place: Place) -> list[BenchmarkOptions]:
     if step == "others":
         return [place.benchmark("comparison", (method,)) for method in OTHERS]
     if step == "screening":
-        return [place.benchmark("ablations", (DEFAULT, *ABLATIONS), tasks=tables.ABLATED_ON, search_only=True)]
-    matter = tables.that_matter(_lines(place, "ablations"), ABLATIONS, ALWAYS)
-    return [place.benchmark("ablations", (DEFAULT, *matter), tasks=tables.ABLATED_ON)]
+        return [place.benchmark("ablations", (DEFAULT, *ABLATIONS), tasks=ablation_tables.ABLATED_ON, search_only=True)]
+    matter = ablation_tables.that_matter(_lines(place, "ablations"), ABLATIONS, ALWAYS)
+    return [place.benchmark("ablations", (DEFAULT, *matter), tasks=ablation_tables.ABLATED_ON)]
 
 
 def _lines(place: Place, folder: str) -> list[Line]:

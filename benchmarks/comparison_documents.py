@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import ablation_tables, remedy_tables
 from benchmarks import comparison_tables as tables
-from benchmarks import remedy_tables
 from benchmarks.documents import replace_between
 from gift.benchmark.outcome import summary_of
 from gift.benchmark.plots import draw_pareto
@@ -40,7 +40,9 @@ def texts(lines: Mapping[str, Sequence[tables.Line]]) -> dict[str, str]:
         }
         found |= {"table": all_tables(summary), "means": table_of_means(summary, lines["comparison"])}
     if "ablations" in lines:
-        found["ablations"] = tables.table_of_ablations(lines["ablations"])
+        found["ablations"] = ablation_tables.table_of_ablations(lines["ablations"])
+        found["tested"] = ablation_tables.table_of_tested(lines["ablations"])
+        found["machines"] = tables.table_of_machines([*lines["ablations"], *lines.get("comparison", ())])
     if "remedies" in lines:
         found["remedies"] = remedy_tables.table_of_remedies(lines["remedies"], lines.get("comparison", ()))
     return found

@@ -1,6 +1,6 @@
-"""What the lines of `benchmarks/comparison.py` come to: the primary question, tasks, ranks and ablations."""
+"""What the lines of `benchmarks/comparison.py` come to: the primary question, tasks, ranks, rates and machines."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from statistics import mean
@@ -9,7 +9,7 @@ from typing import Any
 from gift.benchmark.intervals import LEVEL, Estimate, paired_interval
 from gift.benchmark.runs import SEARCH, TEST
 from gift.benchmark.tables import NOTHING, table
-from gift.benchmark.validation import Searched, read_searches
+from gift.benchmark.validation import read_searches
 
 Line = Mapping[str, Any]
 
@@ -28,15 +28,14 @@ PARTS = {
     "digits and drawn flowers": tuple(task for task in LEARNABLE if task not in PHOTOS),
     "photos": PHOTOS,
 }
-# Name of the sizes and their ranks, over a factor of four for each; LoRA r = 1 is shown beside.
+# Name of the sizes and their ranks, over a factor of four for each.
 FAMILIES = {
     "LoRA": {2: "lora:r=2,lora_alpha=2", 4: "lora:r=4,lora_alpha=4", 8: LORA},
     "GIFT paca": {4: "gift-paca:r=4", 8: "gift-paca:r=8", 16: DEFAULT},
     "GIFT linear": {8: "gift-linear:r=8", 16: "gift-linear", 32: "gift-linear:r=32"},
 }
-
-ABLATED_ON = ("digits", "rendered_flowers", "flowers17")
-MATTERS, MOST_TESTED = 1.5, 8  # points on validation images from which an ablation is tested; how many are
+# Of LoRA those whose sizes are near to GIFT's.
+NEAREST = {"LoRA, smaller": {1: SMALLEST_LORA, 2: "lora:r=2,lora_alpha=2", 4: "lora:r=4,lora_alpha=4"}}
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def answer_text(lines: Sequence[Line]) -> str:
     by_seed = [difference_by_seed(lines, found.chosen, LORA, tasks) for tasks in parts]
     if None in by_seed:
         return f"{text}."
-    return f"{text}. With tasks of one seed not taken as independent: {' and '.join(map(points, by_seed))}."
+    return f"{text}. If tasks of a seed are not taken as independent: {' and '.join(map(points, by_seed))}."
 
 
 def points(estimate: Estimate | None, digits: int = 2, sign: str = "+") -> str:
@@ -206,7 +205,7 @@ def _mean_of(lines: Sequence[Line], field: str) -> float | None:
 def table_of_ranks(lines: Sequence[Line]) -> str:
     """Return how the mean depends on the rank: the means, best less worst, and largest less smallest rank."""
     rows = []
-    for family, sizes in FAMILIES.items():
+    for family, sizes in (FAMILIES | NEAREST).items():
         means = {rank: _mean(lines, name) for rank, name in sizes.items()}
         known = [value for value in means.values() if value is not None]
         shown = ", ".join(f"{rank}: {NOTHING if value is None else f'{value:.1f}'}" for rank, value in means.items())
@@ -223,8 +222,9 @@ def table_of_ranks(lines: Sequence[Line]) -> str:
 
 def table_of_parts(lines: Sequence[Line]) -> str:
     """Return every tested method beside LoRA r = 8, also on some of the tasks alone."""
-    rows = [_beside(lines, name, LORA) for name in _sizes(lines) if name != LORA]
-    return table(["method, trained without head", "beside", *PARTS], rows)
+    sizes = _sizes(lines)
+    rows = [_beside(lines, sizes, name, LORA) for name in sizes if name != LORA]
+    return table(["method, trained without head", *PARTS], [[row[0], *row[2:]] for row in rows])
 
 
 def table_of_equal_sizes(lines: Sequence[Line]) -> str:
@@ -235,7 +235,7 @@ def table_of_equal_sizes(lines: Sequence[Line]) -> str:
     for name in (name for family in ("GIFT paca", "GIFT linear") for name in FAMILIES[family].values()):
         lora = next((lora for size, lora in loras if name in sizes and size >= sizes[name]), None)
         if lora is not None:
-            rows.append(_beside(lines, name, lora))
+            rows.append(_beside(lines, sizes, name, lora))
     return table(["GIFT, trained without head", "LoRA with as many or more", *PARTS], rows)
 
 
@@ -248,7 +248,7 @@ def table_of_generators(lines: Sequence[Line]) -> str:
     rows = []
     for r, name in linear.items() if paca else ():
         nearest = min(paca.values(), key=lambda other: abs(log(sizes[other] / sizes[name])))
-        rows += [_beside(lines, name, other) for other in dict.fromkeys((nearest, paca.get(r, nearest)))]
+        rows += [_beside(lines, sizes, name, other) for other in dict.fromkeys((nearest, paca.get(r, nearest)))]
     return table(["GIFT linear, trained without head", "GIFT paca nearest in size, or of the same rank", *PARTS], rows)
 
 
@@ -258,9 +258,9 @@ def _sizes(lines: Sequence[Line]) -> dict[str, int]:
     return {line["method"]: line["trained_parameters_without_head"] for line in tests}
 
 
-def _beside(lines: Sequence[Line], method: str, other: str) -> list[str]:
+def _beside(lines: Sequence[Line], sizes: Mapping[str, int], method: str, other: str) -> list[str]:
     """Return a row of two methods with their sizes, and by how much the first is better on the parts of the tasks."""
-    titles, sizes = {line["method"]: line["title"] for line in lines}, _sizes(lines)
+    titles = {line["method"]: line["title"] for line in lines}
     shown = [f"{titles[name]}: {sizes[name]:,}" for name in (method, other)]
     return [*shown, *(points(difference(lines, method, other, tasks), 1) for tasks in PARTS.values())]
 
@@ -277,68 +277,35 @@ def table_of_rates(lines: Sequence[Line]) -> str:
     return table(["method", f"mean of {len(TASKS)} tasks in % on validation images, by learning rate"], rows)
 
 
+def table_of_machines(lines: Sequence[Line]) -> str:
+    """Return how far the same searches differ between machines, by learning rate; `lines` may be of several files."""
+    by_run: dict[tuple[Any, ...], dict[str, Line]] = {}
+    for line in (line for line in lines if line["phase"] == SEARCH):
+        key = tuple(line[name] for name in ("learning_rate", "weight_decay", "method", "task", "seed"))
+        by_run.setdefault(key, {}).setdefault(line.get("device"), line)
+    twice = {key: [*one.values()] for key, one in by_run.items() if len(one) > 1}
+    rows = []
+    for rate in sorted({key[0] for key in twice}):
+        pairs = [one for key, one in twice.items() if key[0] == rate]
+        spreads = [[_spread(one, field) for one in pairs] for field in ("accuracy", "loss")]
+        of_accuracy, of_loss = ([value for value in one if value is not None] for one in spreads)
+        shown = [f"{100 * max(of_accuracy):.1f}", f"{max(of_loss):.1g}"] if of_accuracy else [NOTHING] * 2
+        rows.append([f"{rate:g}", str(len(pairs)), str(sum(value == 0 for value in of_accuracy)), *shown])
+    head = ["learning rate", "searches run on two machines", "of the same accuracy"]
+    return table([*head, "most points between them", "most between losses"], rows)
+
+
+def _spread(lines: Sequence[Line], field: str) -> float | None:
+    values = [line[field] for line in lines]
+    return None if None in values else max(values) - min(values)
+
+
 def _mean(lines: Sequence[Line], method: str) -> float | None:
     """Return the mean over tasks of the means over the seeds that all methods have; None if one is missing."""
     found = _accuracies([line for line in lines if line["seed"] in SEEDS], method, TASKS)
     return None if found is None else mean(mean(one.values()) for one in found)
 
 
-def that_matter(lines: Sequence[Line], ablations: Iterable[str], always: Sequence[str]) -> list[str]:
-    """Return the ablations to test: those that differ most from the default on validation images, and some always.
-
-    Raises:
-        ValueError: If the search of one is not finished.
-    """
-    searches = {one.method: one for one in read_searches(lines)}
-    unfinished = [n for n in (DEFAULT, *ablations) if n not in searches or set(searches[n].tried) != set(ABLATED_ON)]
-    if unfinished:
-        raise ValueError(f"The screening is not finished, of {', '.join(unfinished)}.")
-    changes = {
-        name: round(abs(change), 6) for name, change in _changes(searches.values()).items() if change is not None
-    }
-    largest = sorted((name for name in changes if changes[name] >= MATTERS), key=lambda name: -changes[name])
-    return [*[name for name in largest if name not in always][:MOST_TESTED], *always]
-
-
-def _changes(searches: Iterable[Searched]) -> dict[str, float | None]:
-    """Return by method how much better than the default it is on validation images, without the default."""
-    by_name = {searched.method: searched.accuracy(ABLATED_ON) for searched in searches}
-    default = by_name.pop(DEFAULT)
-    return {name: less(own, default) for name, own in by_name.items()}
-
-
 def less(ours: float | None, theirs: float | None) -> float | None:
     """Return how much more the first is than the second, or None if one is missing."""
     return None if ours is None or theirs is None else ours - theirs
-
-
-def table_of_ablations(lines: Sequence[Line]) -> str:
-    """Return every ablation: on validation images (one seed), and on test images where it was tested.
-
-    A star marks a difference without 0 at the level at which all that were tested together have 95 % (Bonferroni).
-    """
-    searches = read_searches(lines)
-    changes = _changes(searches)
-    tested = {line["method"] for line in lines if line["phase"] == TEST} - {DEFAULT}
-    strict = 1 - (1 - LEVEL) / max(len(tested), 1)
-    rows = []
-    for searched in sorted(searches, key=lambda one: -(changes.get(one.method) or 0.0)):
-        own, change = searched.accuracy(ABLATED_ON), changes.get(searched.method)
-        cells = [_in_words(searched.method), f"{searched.parameters or 0:,}", NOTHING if own is None else f"{own:.1f}"]
-        cells.append("" if searched.method == DEFAULT else NOTHING if change is None else f"{change:+.1f}")
-        rows.append([*cells, _tested(lines, searched.method, strict) if searched.method in tested else ""])
-    head = ["GIFT paca r=16 M=96, with", "trained without head", f"validation, mean of {len(ABLATED_ON)} tasks"]
-    return table([*head, "less default", "test, less default [95 %]"], rows)
-
-
-def _tested(lines: Sequence[Line], method: str, strict: float) -> str:
-    strictly = difference(lines, method, DEFAULT, ABLATED_ON, strict)
-    is_other = strictly is not None and strictly.low is not None and strictly.high is not None
-    is_other = is_other and not strictly.low <= 0 <= strictly.high  # type: ignore[union-attr,operator]
-    return points(difference(lines, method, DEFAULT, ABLATED_ON)) + (" *" if is_other else "")
-
-
-def _in_words(method: str) -> str:
-    if method == DEFAULT:
-        return "nothing changed"
-    return method.removeprefix(f"{DEFAULT}:").replace("gift-linear", "generator=linear").removeprefix("gift:")

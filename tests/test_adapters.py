@@ -1,6 +1,7 @@
 """Loading a stored adapter onto its backbone, and the command `gift score` on it."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from gift.adapters import Classifier, load_adapter, normalised
 from gift.cli import main
 from gift.data.geometry import Geometry
 from gift.explain import command
+from gift.explain.rows import ScoreOptions
 from tests.models import perturb
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -162,7 +164,8 @@ def test_shortcuts_of_unknown_classes_are_refused_before_anything_is_scored(shor
 
 
 @pytest.mark.slow
-def test_score_prints_tables_and_writes_all_figures(stored, tmp_path, capsys):
+def test_score_prints_tables_and_writes_all_figures(stored, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "ScoreOptions", partial(ScoreOptions, random_draws=4))  # 40 take a minute
     out = tmp_path / "deep" / "score.json"
     main(["score", str(stored[0]), "--count", "8", "--shortcuts", "true", "--out", str(out)])
     printed = capsys.readouterr().out

@@ -64,6 +64,7 @@ def small(benchmark, monkeypatch):
     sizes = {"TRAINING": 32, "TESTING": 8, "EPOCHS": 1, "IMAGES_PER_CLASS": 2}
     for name, value in (sizes | {"VARIANTS": {"apart": variant, "two": two_blocks}}).items():
         monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module.Variant, "draws", 2)
     level, threads = logging.get_verbosity(), torch.get_num_threads()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

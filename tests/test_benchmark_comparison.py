@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from benchmarks import comparison
+from benchmarks import ablation_tables, comparison
 from benchmarks import comparison_documents as documents
 from benchmarks import comparison_tables as tables
 from benchmarks.documents import between
@@ -138,13 +138,14 @@ def test_the_table_of_tasks_says_where_either_loses_and_how_well_they_fit():
 
 
 def test_ranks_are_compared_over_a_factor_of_four_and_the_seeds_that_all_have():
-    assert all(max(sizes) == 4 * min(sizes) for sizes in tables.FAMILIES.values())
+    assert all(max(sizes) == 4 * min(sizes) for sizes in (tables.FAMILIES | tables.NEAREST).values())
     lines = finals(LORA, (70,) * 6) + finals("lora:r=4,lora_alpha=4", (71,) * 6, tables.SEEDS)
     lines += finals("lora:r=2,lora_alpha=2", (68,) * 6, tables.SEEDS)
-    lora, paca, _ = tables.table_of_ranks(lines).splitlines()[2:]
+    lora, paca, _, smaller = tables.table_of_ranks(lines).splitlines()[2:]
     assert lora.startswith("| LoRA | 2: 68.0, 4: 71.0, 8: ")
     assert "| +2.0 [" in lora or "| +1.9 [" in lora
     assert paca == "| GIFT paca | 4: –, 8: –, 16: – | – | – |"
+    assert smaller == "| LoRA, smaller | 1: –, 2: 68.0, 4: 71.0 | – | – |"
 
 
 def test_every_size_of_gift_stands_beside_the_smallest_lora_that_trains_as_many_numbers_or_more(monkeypatch):
@@ -161,7 +162,7 @@ def test_every_size_of_gift_stands_beside_the_smallest_lora_that_trains_as_many_
     assert eight.endswith(f"| {drawn} | {on_photos} |")
     beside_lora = {row.split(" | ")[0]: row for row in tables.table_of_parts(lines).splitlines()[2:]}
     assert list(beside_lora) == [f"| {name}: {tables._sizes(lines)[name]:,}" for name in named if name != LORA]
-    assert beside_lora["| gift-paca:r=4: 1,661"].startswith(f"| gift-paca:r=4: 1,661 | {LORA}: 16,384 | -21.")
+    assert beside_lora["| gift-paca:r=4: 1,661"].startswith("| gift-paca:r=4: 1,661 | -21.")
     (row,) = tables.table_of_generators(lines).splitlines()[2:]
     assert row.startswith(f"| gift-linear: 4,096 | {CHOSEN}: 3,481 | -3.0 [-3.")
     assert tables.table_of_generators(finals("gift-linear", (70,) * 6)).count("\n") == 1
@@ -180,32 +181,53 @@ def test_learning_rates_are_compared_where_the_search_is_finished():
     assert chosen.endswith("| 0.001: 49.0, 0.002: 50.0, 0.003: 49.0, 0.004: – |")
 
 
+def test_searches_of_two_machines_are_compared_by_learning_rate():
+    first, second = (searched(LORA, [accuracy] * 6) for accuracy in (0.5, 0.5))
+    second[0] |= {"accuracy": 0.59, "loss": first[0]["loss"] + 0.25}
+    lines = [*first, *(line | {"device": "another"} for line in second), *searched(CHOSEN, [0.5] * 6)]
+    one, two, *_ = tables.table_of_machines(lines).splitlines()[2:]
+    assert one == "| 0.001 | 6 | 5 | 10.0 | 0.2 |"
+    assert two == "| 0.002 | 6 | 6 | 0.0 | 0 |"
+    second[0] |= {"accuracy": None, "loss": None}
+    assert "| 0.001 | 6 | 5 | 0.0 | 0 |" in tables.table_of_machines(
+        [*first, *(line | {"device": "another"} for line in second)]
+    )
+    assert tables.table_of_machines(first).count("\n") == 1
+
+
 def ablated(**accuracies):
     given = dict.fromkeys((tables.DEFAULT, *comparison.ABLATIONS), (0.9, 0.5, 0.8)) | accuracies
-    return [line for name, own in given.items() for line in searched(name, own, tables.ABLATED_ON)]
+    return [line for name, own in given.items() for line in searched(name, own, ablation_tables.ABLATED_ON)]
 
 
 def test_ablations_that_change_much_are_tested_the_largest_first_and_places_always():
     better, worse = "gift-linear", "gift-paca:norm=none"
     lines = ablated(**{worse: (0.9, 0.5, 0.7), better: (0.9, 0.5, 0.86), "gift-paca:num_heads=4": (0.9, 0.5, 0.84)})
-    assert tables.that_matter(lines, comparison.ABLATIONS, comparison.ALWAYS) == [worse, better, *comparison.ALWAYS]
+    assert ablation_tables.that_matter(lines, comparison.ABLATIONS, comparison.ALWAYS) == [
+        worse,
+        better,
+        *comparison.ALWAYS,
+    ]
     many = ablated(**dict.fromkeys(comparison.ABLATIONS, (0.5, 0.5, 0.5)))
-    assert len(tables.that_matter(many, comparison.ABLATIONS, comparison.ALWAYS)) == 8 + len(comparison.ALWAYS)
+    assert len(ablation_tables.that_matter(many, comparison.ABLATIONS, comparison.ALWAYS)) == 8 + len(comparison.ALWAYS)
     lines.remove(next(line for line in lines if line["method"] == comparison.ABLATIONS[3]))
     with pytest.raises(ValueError, match=f"not finished, of {comparison.ABLATIONS[3]}"):
-        tables.that_matter(lines, comparison.ABLATIONS, comparison.ALWAYS)
+        ablation_tables.that_matter(lines, comparison.ABLATIONS, comparison.ALWAYS)
 
 
 def test_the_table_of_ablations_has_both_differences_and_stars_what_holds_for_all_together():
     lines = ablated(**{"gift-linear": (0.99, 0.5, 0.8), "gift-paca:norm=none": (0.9, 0.5, 0.7)})
     for name, means in {"gift-paca": 70, "gift-linear": 72, "gift-paca:norm=none": 70}.items():
-        lines += finals(name, (means,) * 3, tables.SEEDS, tables.ABLATED_ON)
-    rows = tables.table_of_ablations(lines).splitlines()[2:]
+        lines += finals(name, (means,) * 3, tables.SEEDS, ablation_tables.ABLATED_ON)
+    rows = ablation_tables.table_of_ablations(lines).splitlines()[2:]
     assert rows[0].startswith("| generator=linear | 5,000 | 76.3 | +3.0 | +2.00 [+")
     assert rows[0].endswith("] * |")
     assert "| nothing changed | 7,889 | 73.3 |  |  |" in rows
     assert re.match(r"\| norm=none \| 5,000 \| 70.0 \| -3.3 \| [+-]0.00 \[-", rows[-1])
     assert "*" not in rows[-1]
+    one, other = ablation_tables.table_of_tested(lines).splitlines()[2:]
+    assert one.startswith("| generator=linear | +2.0 [+")
+    assert re.match(r"\| norm=none( \| [+-]0\.0 \[[^|]*){3} \|$", other)
 
 
 def place():
