@@ -165,7 +165,7 @@ def test_shortcuts_of_unknown_classes_are_refused_before_anything_is_scored(shor
 
 @pytest.mark.slow
 def test_score_prints_tables_and_writes_all_figures(stored, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "ScoreOptions", partial(ScoreOptions, random_draws=4))  # 40 take a minute
+    monkeypatch.setattr(command, "ScoreOptions", partial(ScoreOptions, random_draws=4, images_removed=2))  # or minutes
     out = tmp_path / "deep" / "score.json"
     main(["score", str(stored[0]), "--count", "8", "--shortcuts", "true", "--out", str(out)])
     printed = capsys.readouterr().out
