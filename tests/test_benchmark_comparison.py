@@ -360,3 +360,14 @@ def test_documents_show_what_was_measured():
             if documents.marks(name)[0] in document.read_text()
         ]
         assert shown == [text.strip()], name
+
+
+def test_readme_says_in_words_how_the_primary_question_was_answered():
+    found = tables.answer(documents.read_results(ROOT / "results")["comparison"])
+    assert found is not None
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    learned, whole = (
+        f"by {-one.mean:.1f} [{-one.high:.1f}, {-one.low:.1f}]" for one in (found.without_sprites, found.difference)
+    )
+    assert f"**{found.verdict.capitalize()}**: on the four tasks that LoRA learns it is worse {learned};" in readme
+    assert f"on all six, {whole}, it would be {tables.verdict(found.difference)}." in readme
