@@ -28,14 +28,15 @@ PARTS = {
     "digits and drawn flowers": tuple(task for task in LEARNABLE if task not in PHOTOS),
     "photos": PHOTOS,
 }
-# Name of the sizes and their ranks, over a factor of four for each.
+# Name of the sizes and their ranks, over a factor of four for each; the smaller LoRAs are about as small as GIFT.
 FAMILIES = {
     "LoRA": {2: "lora:r=2,lora_alpha=2", 4: "lora:r=4,lora_alpha=4", 8: LORA},
     "GIFT paca": {4: "gift-paca:r=4", 8: "gift-paca:r=8", 16: DEFAULT},
     "GIFT linear": {8: "gift-linear:r=8", 16: "gift-linear", 32: "gift-linear:r=32"},
 }
-# Of LoRA those whose sizes are near to GIFT's.
-NEAREST = {"LoRA, smaller": {1: SMALLEST_LORA, 2: "lora:r=2,lora_alpha=2", 4: "lora:r=4,lora_alpha=4"}}
+SMALLER_LORA = {"LoRA, smaller": {1: SMALLEST_LORA, 2: "lora:r=2,lora_alpha=2", 4: "lora:r=4,lora_alpha=4"}}
+# What is the same in two lines of one search.
+SAME_RUN = ("learning_rate", "weight_decay", "method", "task", "seed", "images_digest", "backbone_digest")
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def _mean_of(lines: Sequence[Line], field: str) -> float | None:
 def table_of_ranks(lines: Sequence[Line]) -> str:
     """Return how the mean depends on the rank: the means, best less worst, and largest less smallest rank."""
     rows = []
-    for family, sizes in (FAMILIES | NEAREST).items():
+    for family, sizes in (FAMILIES | SMALLER_LORA).items():
         means = {rank: _mean(lines, name) for rank, name in sizes.items()}
         known = [value for value in means.values() if value is not None]
         shown = ", ".join(f"{rank}: {NOTHING if value is None else f'{value:.1f}'}" for rank, value in means.items())
@@ -278,26 +279,28 @@ def table_of_rates(lines: Sequence[Line]) -> str:
 
 
 def table_of_machines(lines: Sequence[Line]) -> str:
-    """Return how far the same searches differ between machines, by learning rate; `lines` may be of several files."""
+    """Return how far the same searches differ between machines, by learning rate; `lines` may be of several files.
+
+    They are of the same images and backbone, and diverged on none.
+    """
     by_run: dict[tuple[Any, ...], dict[str, Line]] = {}
-    for line in (line for line in lines if line["phase"] == SEARCH):
-        key = tuple(line[name] for name in ("learning_rate", "weight_decay", "method", "task", "seed"))
+    for line in (line for line in lines if line["phase"] == SEARCH and line["accuracy"] is not None):
+        key = tuple(line.get(name) for name in SAME_RUN)
         by_run.setdefault(key, {}).setdefault(line.get("device"), line)
     twice = {key: [*one.values()] for key, one in by_run.items() if len(one) > 1}
     rows = []
     for rate in sorted({key[0] for key in twice}):
         pairs = [one for key, one in twice.items() if key[0] == rate]
-        spreads = [[_spread(one, field) for one in pairs] for field in ("accuracy", "loss")]
-        of_accuracy, of_loss = ([value for value in one if value is not None] for one in spreads)
-        shown = [f"{100 * max(of_accuracy):.1f}", f"{max(of_loss):.1g}"] if of_accuracy else [NOTHING] * 2
-        rows.append([f"{rate:g}", str(len(pairs)), str(sum(value == 0 for value in of_accuracy)), *shown])
+        of_accuracy, of_loss = ([_spread(one, field) for one in pairs] for field in ("accuracy", "loss"))
+        shown = [f"{100 * max(of_accuracy):.1f}", f"{max(of_loss):.1g}"]
+        rows.append([f"{rate:g}", str(len(pairs)), str(of_accuracy.count(0)), *shown])
     head = ["learning rate", "searches run on two machines", "of the same accuracy"]
     return table([*head, "most points between them", "most between losses"], rows)
 
 
-def _spread(lines: Sequence[Line], field: str) -> float | None:
+def _spread(lines: Sequence[Line], field: str) -> float:
     values = [line[field] for line in lines]
-    return None if None in values else max(values) - min(values)
+    return max(values) - min(values)
 
 
 def _mean(lines: Sequence[Line], method: str) -> float | None:

@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over what is imported by now: a run that collects took 0.4 s for it, twice."""
+    """Let the garbage collector pass over what is imported by now, which took it 0.4 s, twice in every training."""
     gc.collect()
     gc.freeze()
 

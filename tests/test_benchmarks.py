@@ -4,7 +4,6 @@ import argparse
 import importlib
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -38,9 +37,9 @@ def interleaved(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("interleaved")
 
 
-def run(script: str, *arguments: str, **environment: str) -> str:
+def run(script: str, *arguments: str) -> str:
     command = [sys.executable, "-W", "error", BENCHMARKS / script, *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
@@ -142,7 +141,7 @@ def test_step_compares_all_methods_with_the_frozen_bound(tmp_path: Path) -> None
 def test_step_measures_a_suite_plain_and_compiled(tmp_path: Path) -> None:
     path = tmp_path / "step.json"
     options = ["--model", "vit_base_patch16_224", "--batch", "2", "--rounds", "2", "--out", str(path)]
-    printed = run("step.py", "--tiny", "--suite", *options, TORCHDYNAMO_DISABLE="1")  # test_modes.py does compile
+    printed = run("step.py", "--tiny", "--suite", *options)
     plain, compiled = json.loads(path.read_text())["runs"]
     assert (plain["compile"], compiled["compile"]) == (False, True)
     assert plain["skipped"] == compiled["skipped"] == {}
