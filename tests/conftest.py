@@ -40,6 +40,7 @@ def repetitions(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
+    torch.set_num_threads(1)  # of a benchmark's run there may be more
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

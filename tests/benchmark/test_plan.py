@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from gift.benchmark import plan as module
 from gift.benchmark.benchmark import planned_searches, run_benchmark
@@ -92,6 +93,7 @@ def test_a_plan_without_room_for_a_run_is_refused(at_known_speed, backbone, tmp_
     given = {"suite": "fgvc", "folders": (), "tasks": None, "ray": "local", "cpus_per_run": 1000}
     with pytest.raises(ValueError, match="has no room for a run of 1000 cores"):
         plan_benchmark(small_options(tmp_path / "out", tmp_path, backbone, **given))
+    assert torch.get_num_threads() == 1  # refused before anything is measured
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ def plan_benchmark(options: BenchmarkOptions) -> Plan:
     record = Record(options.out)
     record.missing(searches)  # raises where a benchmark would
     left = [run for run in runs if run.id not in record.lines]
+    at_once = _at_once(options)
     torch.set_num_threads(options.cpus_per_run)
     costs = tuple(_cost(method, [run for run in left if run.method == method], options) for method in methods)
     tries = len(searches) // (len(tasks) * len(methods))
@@ -96,7 +97,7 @@ def plan_benchmark(options: BenchmarkOptions) -> Plan:
     sizes = f"{len(tasks)} tasks x {len(methods)} methods x {count}"
     title = f"{options.suite}, {trained.model}, {trained.epochs} epochs: {sizes}"
     where = f"{device_name()}, {torch.get_num_threads()} thread(s), one run at a time"
-    return Plan(title, len(runs), len(runs) - len(left), costs, _at_once(options), where)
+    return Plan(title, len(runs), len(runs) - len(left), costs, at_once, where)
 
 
 def _finals(searches: Sequence[Run], seeds: Sequence[int]) -> list[Run]:
