@@ -224,32 +224,36 @@ def table_of_ranks(lines: Sequence[Line]) -> str:
 def table_of_parts(lines: Sequence[Line]) -> str:
     """Return every tested method beside LoRA r = 8, also on some of the tasks alone."""
     sizes = _sizes(lines)
-    rows = [_beside(lines, sizes, name, LORA) for name in sizes if name != LORA]
-    return table(["method, trained without head", *PARTS], [[row[0], *row[2:]] for row in rows])
+    titles = _titles(lines, sizes)
+    rows = [[titles[name], *_parts(lines, name, LORA)] for name in sizes if name != LORA]
+    return table(["method, trained without head", *PARTS], rows)
 
 
 def table_of_equal_sizes(lines: Sequence[Line]) -> str:
     """Return every size of GIFT beside the smallest LoRA that trains as many numbers or more."""
     sizes = _sizes(lines)
+    titles = _titles(lines, sizes)
     loras = sorted((sizes[name], name) for name in (SMALLEST_LORA, *FAMILIES["LoRA"].values()) if name in sizes)
     rows = []
     for name in (name for family in ("GIFT paca", "GIFT linear") for name in FAMILIES[family].values()):
         lora = next((lora for size, lora in loras if name in sizes and size >= sizes[name]), None)
         if lora is not None:
-            rows.append(_beside(lines, sizes, name, lora))
+            rows.append([titles[name], titles[lora], *_parts(lines, name, lora)])
     return table(["GIFT, trained without head", "LoRA with as many or more", *PARTS], rows)
 
 
 def table_of_generators(lines: Sequence[Line]) -> str:
     """Return every size of GIFT `linear` beside the size of `paca` nearest to it, by their ratio, and its rank."""
     sizes = _sizes(lines)
+    titles = _titles(lines, sizes)
     paca, linear = (
         {r: name for r, name in FAMILIES[f"GIFT {one}"].items() if name in sizes} for one in ("paca", "linear")
     )
     rows = []
     for r, name in linear.items() if paca else ():
         nearest = min(paca.values(), key=lambda other: abs(log(sizes[other] / sizes[name])))
-        rows += [_beside(lines, sizes, name, other) for other in dict.fromkeys((nearest, paca.get(r, nearest)))]
+        for other in dict.fromkeys((nearest, paca.get(r, nearest))):
+            rows.append([titles[name], titles[other], *_parts(lines, name, other)])
     return table(["GIFT linear, trained without head", "GIFT paca nearest in size, or of the same rank", *PARTS], rows)
 
 
@@ -259,11 +263,14 @@ def _sizes(lines: Sequence[Line]) -> dict[str, int]:
     return {line["method"]: line["trained_parameters_without_head"] for line in tests}
 
 
-def _beside(lines: Sequence[Line], sizes: Mapping[str, int], method: str, other: str) -> list[str]:
-    """Return a row of two methods with their sizes, and by how much the first is better on the parts of the tasks."""
-    titles = {line["method"]: line["title"] for line in lines}
-    shown = [f"{titles[name]}: {sizes[name]:,}" for name in (method, other)]
-    return [*shown, *(points(difference(lines, method, other, tasks), 1) for tasks in PARTS.values())]
+def _titles(lines: Sequence[Line], sizes: Mapping[str, int]) -> dict[str, str]:
+    """Return the title of every method, with its size."""
+    return {line["method"]: f"{line['title']}: {sizes[line['method']]:,}" for line in lines if line["method"] in sizes}
+
+
+def _parts(lines: Sequence[Line], method: str, other: str) -> list[str]:
+    """Return by how much the first of two methods is better on the parts of the tasks."""
+    return [points(difference(lines, method, other, tasks), 1) for tasks in PARTS.values()]
 
 
 def table_of_rates(lines: Sequence[Line]) -> str:
